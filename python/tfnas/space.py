@@ -13,6 +13,7 @@ from functools import cached_property
 ACTIVATIONS = ("relu", "relu6", "swish", "hard_swish")
 DEPTH_SPACES = ("sink", "skip-in", "skip-out")
 KERNEL_SIZES = (3, 5, 7)
+STRIDES = (1, 2)
 
 
 def round_half_up(value: float) -> int:
@@ -55,6 +56,14 @@ class Candidate:
     max_expansion: float
     se_expansion: float = 0.0
 
+    @property
+    def is_skip(self) -> bool:
+        """Whether this is the identity of `depth_space: skip-in`: no width, no latency key, no parameters."""
+        return self.name == SKIP.name
+
+
+SKIP = Candidate("skip", kernel_size=0, expansion=0.0, min_expansion=0.0, max_expansion=0.0)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -68,7 +77,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Layer:
-    """One searchable layer of the supernet, with all shapes resolved. `resolution` is that of its input."""
+    """One searchable layer of the supernet, with all shapes resolved. `resolution` is that of its input.
+
+    Widths are in channels: `start_width` at the start of a search, `[min_width, max_width]` during it. All three are
+    0 for the candidate `skip`, which has no `key`.
+    """
 
     index: int
     stage: int
@@ -89,10 +102,12 @@ class Layer:
         return -(-self.resolution // self.stride)
 
     def start_width(self, candidate: int) -> int:
-        return round_half_up(self.candidates[candidate].expansion * self.in_channels)
+        width = round_half_up(self.candidates[candidate].expansion * self.in_channels)
+        return min(max(width, self.min_width(candidate)), self.max_width(candidate))
 
     def min_width(self, candidate: int) -> int:
-        return math.ceil(self.candidates[candidate].min_expansion * self.in_channels)
+        # 1.1 * 50 is 55.00000000000001 in binary: not a reason to ask for a 12th channel
+        return math.ceil(round(self.candidates[candidate].min_expansion * self.in_channels, 6))
 
     def max_width(self, candidate: int) -> int:
         return round_half_up(self.candidates[candidate].max_expansion * self.in_channels)
@@ -102,6 +117,8 @@ class Layer:
 
     def key(self, candidate: int) -> OpKey:
         op = self.candidates[candidate]
+        if op.is_skip:
+            raise ValueError(f"candidate 'skip' of layer {self.index} has no latency key: it costs nothing")
         return OpKey(
             self.resolution,
             self.in_channels,
@@ -115,7 +132,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Space:
-    """A whole search space. Stage numbers start at `first_stage` = 3, as in Table 1 (1 and 2 are the fixed stem)."""
+    """A whole search space. Stage numbers start at `first_stage` = 3, as in Table 1 (1 and 2 are the fixed stem).
+
+    `depth_space` decides how depth is searched (Fig. 3, Table 4): `sink` weighs the outputs of a stage's layers;
+    `skip-in` adds `skip` as the last candidate of every layer but a stage's first; `skip-out` gives each of those
+    layers a gate of its own. Layers after a stage's first keep its shape, so any of them can be left out.
+    """
 
     name: str
     resolution: int
@@ -142,6 +164,7 @@ class Space:
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         layers: list[Layer] = []
+        skippable = (*self.candidates, SKIP) if self.depth_space == "skip-in" else self.candidates
         resolution, channels = self.stem_resolution, self.fixed_channels
         for s, stage in enumerate(self.stages):
             for position in range(stage.depth):
@@ -154,7 +177,7 @@ class Space:
                     out_channels=stage.out_channels,
                     stride=stage.stride if position == 0 else 1,
                     act=stage.act,
-                    candidates=self.candidates,
+                    candidates=skippable if position > 0 else self.candidates,
                 )
                 layers.append(layer)
                 resolution, channels = layer.out_resolution, layer.out_channels
@@ -168,7 +191,24 @@ class Space:
     def out_resolution(self) -> int:
         return self.layers[-1].out_resolution
 
+    @property
+    def max_depth(self) -> int:
+        """D, the second dimension of `log_beta [S, D]`."""
+        return max(stage.depth for stage in self.stages)
+
+    @property
+    def max_candidates(self) -> int:
+        """C, the second dimension of `log_alpha [L, C]`; a layer with fewer candidates lacks the last ones."""
+        return max(len(layer.candidates) for layer in self.layers)
+
     @cached_property
     def keys(self) -> tuple[OpKey, ...]:
         """Every distinct latency curve of the space, in network order (66 for `imagenet`)."""
-        return tuple(dict.fromkeys(layer.key(c) for layer in self.layers for c in range(len(layer.candidates))))
+        return tuple(
+            dict.fromkeys(
+                layer.key(c)
+                for layer in self.layers
+                for c, candidate in enumerate(layer.candidates)
+                if not candidate.is_skip
+            )
+        )
