@@ -1,0 +1,30 @@
+"""TF-NAS: a network that meets a latency target, found by differentiable search over operations, depths and widths.
+
+`tfnas.search(config)` runs a search; `tfnas.load_config(name)` gives a configuration to change. Submodules load on
+first use, so that importing the package is cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfnas.config import SearchConfig as SearchConfig
+    from tfnas.config_io import load_config as load_config
+
+_HOME = {
+    "SearchConfig": "config",
+    "load_config": "config_io",
+}
+_SUBMODULES = ("architecture", "config", "config_io", "derive", "latency", "network", "scaling", "space", "space_io")
+
+__all__ = ["SearchConfig", "load_config"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"tfnas.{_HOME[name]}"), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"tfnas.{name}")
+    raise AttributeError(f"module 'tfnas' has no attribute {name!r}")

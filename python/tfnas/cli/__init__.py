@@ -1,0 +1,72 @@
+"""The `tfnas` command: one module per subcommand, loaded when it is called.
+
+Exit codes: 0 done; 2 bad input or a target out of reach; 3 the derived network misses the target (only with
+`--derive paper`); 130 interrupted (Ctrl-C) and 143 terminated, after a checkpoint. Anything else is a bug and shows
+a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentError
+
+from tfnas.cli.codes import BAD_INPUT, INTERRUPTED
+
+COMMANDS = {
+    "info": "versions, devices and backends; facts about an architecture file",
+}
+_USAGE = """usage: tfnas COMMAND [options]     (tfnas COMMAND --help shows the options)
+
+Search for a network that meets a latency target (TF-NAS, ECCV 2020).
+
+commands:
+{commands}
+
+exit codes: 0 done, 2 bad input or impossible target, 3 target missed (--derive paper), 130 interrupted, 143 terminated
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `tfnas COMMAND ...`; returns the exit code. `TFNAS_DEBUG=1` shows tracebacks of input errors too."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE.format(commands="\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())), end="")
+        return 0 if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        from tfnas.versions import software_versions
+
+        print(f"tfnas {software_versions()['tfnas']}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+        print(f"tfnas: error: no command {command!r}; {hint}", file=sys.stderr)
+        return BAD_INPUT
+    return run_command(command, rest)
+
+
+def search_main() -> int:
+    """`tfnas-search` is `tfnas search`."""
+    return run_command("search", sys.argv[1:])
+
+
+def run_command(command: str, arguments: Sequence[str]) -> int:
+    """Run one subcommand's `run(arguments) -> int`, turning input errors into one message and exit code 2."""
+    try:
+        code: int = importlib.import_module(f"tfnas.cli.{command}").run(list(arguments))
+        return code
+    except KeyboardInterrupt:
+        print(f"tfnas {command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, LookupError, OSError, ArgumentError) as error:
+        if os.environ.get("TFNAS_DEBUG") == "1":
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"tfnas {command}: error: {text}", file=sys.stderr)
+        return BAD_INPUT

@@ -1,0 +1,275 @@
+"""Configuration of a search as typed dataclasses (read and written by `config_io`).
+
+Flat keys are those that people change often; the rest is grouped. The defaults are those of the paper and its
+published code; `configs/imagenet.yaml` names the source of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, what was expected and what came."""
+
+
+@dataclass
+class DatasetConfig:
+    """How images are chosen, split and augmented.
+
+    Attributes:
+        classes: Number of classes to keep (the first ones, in sorted order) or a list of class names; null keeps all.
+        held_out_fraction: Share of every class's images held out for the architecture parameters.
+        augmentation: Training augmentation: `imagenet` (random crop, flip, colour jitter), `small` (shift and flip, for
+            28-64 px images) or `none`.
+        workers: Worker processes or threads that decode images.
+        skip_unreadable: Leave out unreadable images, counting them, where the default is to stop and name the file.
+    """
+
+    classes: int | list[str] | None = None
+    held_out_fraction: float = 0.2
+    augmentation: Literal["imagenet", "small", "none"] = "imagenet"
+    workers: int = 2
+    skip_unreadable: bool = False
+
+
+@dataclass
+class WeightsConfig:
+    """The supernet weights' SGD with a cosine schedule over epochs.
+
+    Attributes:
+        lr: Learning rate of the first epoch.
+        final_lr: Learning rate the cosine ends at.
+        momentum: SGD momentum.
+        weight_decay: L2 penalty on the supernet's weights.
+        max_norm: Gradient norm above which gradients are scaled down.
+        restart_each_epoch: Forget the momentum at each epoch's start.
+    """
+
+    lr: float = 0.025
+    final_lr: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-5
+    max_norm: float = 5.0
+    restart_each_epoch: bool = True
+
+
+@dataclass
+class ArchitectureConfig:
+    """The architecture parameters' Adam (alphas and betas, on held-out data).
+
+    Attributes:
+        lr: Learning rate.
+        betas: Adam's decay rates of the first and second moment.
+        weight_decay: L2 penalty on the log-probabilities.
+        max_norm: Gradient norm above which gradients are scaled down.
+        every_steps: Weight steps for each architecture step.
+        restart_each_epoch: Forget Adam's moments at each epoch's start.
+    """
+
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.5, 0.999)
+    weight_decay: float = 5e-4
+    max_norm: float = 5.0
+    every_steps: int = 2
+    restart_each_epoch: bool = True
+
+
+@dataclass
+class SamplingConfig:
+    """Bi-sampling and its temperature.
+
+    Attributes:
+        second_path: What the second path takes among the operations the first left: `random`, `gumbel`, `min`, `max`
+            (of alpha), or `none` for one path only (paper, Table 3).
+        tau: Temperature of the Gumbel softmax through warm-up and at the first epoch after it.
+        tau_schedule: `exponential` multiplies by `tau_decay` each epoch after warm-up; `linear` goes to `tau_final`.
+        tau_decay: Factor of the exponential schedule.
+        tau_final: Last epoch's temperature in the linear schedule.
+    """
+
+    second_path: Literal["random", "gumbel", "min", "max", "none"] = "random"
+    tau: float = 5.0
+    tau_schedule: Literal["exponential", "linear"] = "exponential"
+    tau_decay: float = 0.96
+    tau_final: float = 0.2
+
+
+@dataclass
+class ObjectiveConfig:
+    """The latency term of Eq. 1, on the expected latency of the mixture.
+
+    Attributes:
+        name: `hinge` (Eq. 9), `absolute` (the published code's variant), `c1` or `c2` (paper, Table 5).
+        latency_weight: The factor lambda before the latency term (lambda_1 in C1 and C2).
+        exponent: lambda_2 of `c1`.
+    """
+
+    name: Literal["hinge", "absolute", "c1", "c2"] = "hinge"
+    latency_weight: float = 0.1
+    exponent: float = 1.0
+
+
+@dataclass
+class ProfileConfig:
+    """How a latency table is measured where `lut` names none, and how the derived network is measured.
+
+    Attributes:
+        batch_size: Images a forward pass while measuring.
+        budget_s: Time to spend on measuring a table, in seconds.
+        threads: Threads while measuring; null takes the run's.
+    """
+
+    batch_size: int = 32
+    budget_s: float = 600.0
+    threads: int | None = None
+
+
+@dataclass
+class CheckpointConfig:
+    """When a run is checkpointed besides each epoch's end and Ctrl-C.
+
+    Attributes:
+        every_steps: Weight steps between two checkpoints within an epoch; null leaves it to `every_s`.
+        every_s: Seconds between two checkpoints; null leaves it to `every_steps`.
+    """
+
+    every_steps: int | None = None
+    every_s: float | None = 300.0
+
+
+@dataclass
+class LogConfig:
+    """What is written down while searching.
+
+    Attributes:
+        every_steps: Weight steps between two lines of `metrics.jsonl`; losses are read back only then.
+        held_out_every_epochs: Epochs between two measurements of the supernet's held-out accuracy; 0 for none.
+        held_out_batches: Held-out batches of one such measurement; null takes all.
+    """
+
+    every_steps: int = 10
+    held_out_every_epochs: int = 1
+    held_out_batches: int | None = None
+
+
+@dataclass
+class SearchConfig:
+    """A search from data and a target latency to a derived network.
+
+    Attributes:
+        space: Search space: a built-in name or a YAML file.
+        data: Images: `fashion-mnist-subset` (shipped), `fake`, a folder of class folders, a list file, IDX or `.npz`.
+        lut: Latency table (`.json`, `.csv`, or the published `.pkl`); null measures one on this machine first.
+        target_latency_ms: Latency that the derived network must meet, in ms; null takes the middle of the reachable
+            range.
+        epochs: Epochs in all, warm-up included.
+        warmup_epochs: First epochs, which train weights only.
+        steps_per_epoch: Weight steps an epoch; null goes through the training images once.
+        batch_size: Images a step.
+        output: Folder of the run; null makes `runs/<config>-<date>-<time>`.
+        resume: Go on where the run in `output` stopped; begins it where there is nothing yet.
+        seed: Decides weights, sampling, data order and augmentation.
+        engine: Supernet engine: `auto`, `reference` (plain PyTorch) or `native`.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`.
+        threads: CPU threads; null takes PyTorch's choice. Bit-exact repetition needs the same number.
+        derive: What follows when the most probable network cannot meet the target at any width: `repair` takes the
+            most probable network that can, `paper` keeps the network and ends with exit code 3.
+        tolerance: Relative distance to the target up to which it counts as met.
+        elasticity_scaling: Refit the widths after each epoch past warm-up (Algorithm 1).
+        num_classes: Classes of the derived network; null takes the data's.
+        resolution: Height and width of the images; null takes the space's.
+        image_channels: Channels of the images; null takes the space's.
+        dataset: How images are chosen, split and augmented.
+        weights: Optimizer of the supernet's weights.
+        architecture: Optimizer of alphas and betas.
+        sampling: Bi-sampling and its temperature.
+        objective: The latency term.
+        profile: Measuring latencies.
+        checkpoint: When to checkpoint.
+        log: What is written down.
+    """
+
+    space: str = "imagenet"
+    data: str = "fake"
+    lut: str | None = None
+    target_latency_ms: float | None = None
+    epochs: int = 90
+    warmup_epochs: int = 10
+    steps_per_epoch: int | None = None
+    batch_size: int = 32
+    output: str | None = None
+    resume: bool = False
+    seed: int = 0
+    engine: Literal["auto", "reference", "native"] = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    derive: Literal["repair", "paper"] = "repair"
+    tolerance: float = 0.01
+    elasticity_scaling: bool = True
+    num_classes: int | None = None
+    resolution: int | None = None
+    image_channels: int | None = None
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        for key, value, low, high in _bounds(self):
+            if value is not None and not (low <= value <= high):
+                wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ConfigError(f"{key} must be {wanted}, got {value}")
+        if self.warmup_epochs > self.epochs:
+            raise ConfigError(f"warmup_epochs ({self.warmup_epochs}) must not exceed epochs ({self.epochs})")
+        if self.target_latency_ms is not None and not self.target_latency_ms > 0:
+            raise ConfigError(
+                f"target_latency_ms must be a positive number of milliseconds, got {self.target_latency_ms}"
+            )
+
+
+def _bounds(config: SearchConfig) -> Iterator[tuple[str, float | None, float, float]]:
+    """Every numeric key with its smallest and largest allowed value."""
+    tiny, inf = 1e-30, math.inf
+    yield "epochs", config.epochs, 1, inf
+    yield "warmup_epochs", config.warmup_epochs, 0, inf
+    yield "steps_per_epoch", config.steps_per_epoch, 1, inf
+    yield "batch_size", config.batch_size, 1, inf
+    yield "seed", config.seed, 0, 2**63 - 1
+    yield "threads", config.threads, 1, 4096
+    yield "tolerance", config.tolerance, 0, 1
+    yield "num_classes", config.num_classes, 2, inf
+    yield "resolution", config.resolution, 1, inf
+    yield "image_channels", config.image_channels, 1, inf
+    yield "dataset.held_out_fraction", config.dataset.held_out_fraction, 0.01, 0.99
+    yield "dataset.workers", config.dataset.workers, 0, 4096
+    yield "weights.lr", config.weights.lr, 0, inf
+    yield "weights.final_lr", config.weights.final_lr, 0, inf
+    yield "weights.momentum", config.weights.momentum, 0, 1
+    yield "weights.weight_decay", config.weights.weight_decay, 0, inf
+    yield "weights.max_norm", config.weights.max_norm, tiny, inf
+    yield "architecture.lr", config.architecture.lr, 0, inf
+    yield "architecture.betas[0]", config.architecture.betas[0], 0, 1 - 1e-9
+    yield "architecture.betas[1]", config.architecture.betas[1], 0, 1 - 1e-9
+    yield "architecture.weight_decay", config.architecture.weight_decay, 0, inf
+    yield "architecture.max_norm", config.architecture.max_norm, tiny, inf
+    yield "architecture.every_steps", config.architecture.every_steps, 1, inf
+    yield "sampling.tau", config.sampling.tau, tiny, inf
+    yield "sampling.tau_decay", config.sampling.tau_decay, tiny, 1
+    yield "sampling.tau_final", config.sampling.tau_final, tiny, inf
+    yield "objective.latency_weight", config.objective.latency_weight, 0, inf
+    yield "profile.batch_size", config.profile.batch_size, 1, inf
+    yield "profile.budget_s", config.profile.budget_s, tiny, inf
+    yield "profile.threads", config.profile.threads, 1, 4096
+    yield "checkpoint.every_steps", config.checkpoint.every_steps, 1, inf
+    yield "checkpoint.every_s", config.checkpoint.every_s, 0, inf
+    yield "log.every_steps", config.log.every_steps, 1, inf
+    yield "log.held_out_every_epochs", config.log.held_out_every_epochs, 0, inf
+    yield "log.held_out_batches", config.log.held_out_batches, 1, inf

@@ -1,0 +1,208 @@
+"""Reading and writing `SearchConfig`: built-in names, YAML files, `--a.b value` overrides, nearest-name suggestions."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+from tfnas.config import ConfigError, SearchConfig
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = "quickstart"
+SWITCHES = tuple(f"--{field.name}" for field in dataclasses.fields(SearchConfig) if field.type == "bool")
+
+
+def config_names() -> list[str]:
+    """Names of the built-in configurations."""
+    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+
+
+def config_path(name_or_path: str | Path) -> Path:
+    """The file of a built-in configuration or of a path; a `ConfigError` lists the names where neither exists."""
+    path = Path(name_or_path)
+    built_in = CONFIG_FOLDER / f"{name_or_path}.yaml"
+    if path.suffix == "" and path.name == str(name_or_path) and built_in.is_file():
+        return built_in
+    if path.is_file():
+        return path
+    raise ConfigError(
+        f"--config {name_or_path}: neither a file nor a built-in configuration ({', '.join(config_names())})"
+    )
+
+
+def search_parser(prog: str = "tfnas search") -> ArgumentParser:
+    """Command-line parser of a search: one option per key of `SearchConfig`, `--config`, `--print_config`."""
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Search a network that meets a latency target.",
+    )
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help=f"built-in name ({', '.join(config_names())}) or YAML file; default {DEFAULT_CONFIG}",
+    )
+    parser.add_class_arguments(SearchConfig, as_group=False)
+    return parser
+
+
+def parse_search_arguments(arguments: Sequence[str], prog: str = "tfnas search") -> SearchConfig:
+    """`SearchConfig` from command-line arguments; without `--config` they override `quickstart`.
+
+    With `--resume` and no `--config`, the configuration stored in the `--output` folder is what they override.
+    """
+    parser = search_parser(prog)
+    resolved = _resolve_config_arguments(_complete_switches(arguments))
+    try:
+        return _build(parser, parser.parse_args(resolved))
+    except ArgumentError as error:
+        raise ConfigError(_with_suggestions(str(error), parser, resolved)) from None
+
+
+def load_config(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> SearchConfig:
+    """Read a built-in configuration or a YAML file; `overrides` are keys such as `"weights.lr"` with new values."""
+    values = _read_yaml(config_path(name_or_path))
+    for key, value in (overrides or {}).items():
+        *groups, last = key.split(".")
+        target = values
+        for group in groups:
+            target = target.setdefault(group, {})
+        target[last] = value
+    return config_from_dict(values)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> SearchConfig:
+    """Validated `SearchConfig` from nested plain values; missing keys take their defaults."""
+    parser = search_parser()
+    try:
+        return _build(parser, parser.parse_object(dict(values)))
+    except ArgumentError as error:
+        raise ConfigError(_suggest(str(error), _flatten(values), _known_keys(parser))) from None
+
+
+def config_to_dict(config: SearchConfig) -> dict[str, Any]:
+    """Nested plain values, complete: `config_from_dict(config_to_dict(c)) == c`."""
+    values = dataclasses.asdict(config)
+    values["architecture"]["betas"] = list(config.architecture.betas)
+    return values
+
+
+def config_to_yaml(config: SearchConfig) -> str:
+    """Complete YAML of a configuration; `load_config` of it gives the same configuration."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+
+
+def _build(parser: ArgumentParser, namespace: Any) -> SearchConfig:
+    for field in dataclasses.fields(SearchConfig):
+        if dataclasses.is_dataclass(field.default_factory) and not hasattr(namespace[field.name], "as_dict"):
+            raise ConfigError(f"{field.name} is a group of keys, got {namespace[field.name]!r}")
+    values = parser.instantiate(namespace).as_dict()
+    values.pop("config", None)
+    return SearchConfig(**values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values at its top level, got {type(values).__name__}")
+    return values
+
+
+def _complete_switches(arguments: Sequence[str]) -> list[str]:
+    """`--resume` alone means `--resume=true`."""
+    completed: list[str] = []
+    for index, argument in enumerate(arguments):
+        follows = arguments[index + 1].lower() if index + 1 < len(arguments) else ""
+        bare = argument in SWITCHES and follows not in ("true", "false", "yes", "no")
+        completed.append(f"{argument}=true" if bare else argument)
+    return completed
+
+
+def _resolve_config_arguments(arguments: list[str]) -> list[str]:
+    """Replace configuration names by paths and put the default configuration first where none is named."""
+    resolved: list[str] = []
+    named = False
+    pending = iter(arguments)
+    for argument in pending:
+        if argument == "--config":
+            value = next(pending, None)
+            if value is None:
+                raise ConfigError(f"--config needs a name ({', '.join(config_names())}) or a YAML file")
+            argument = f"--config={value}"
+        if argument.startswith("--config="):
+            named = True
+            path = config_path(argument.removeprefix("--config="))
+            _read_yaml(path)
+            argument = f"--config={path}"
+        resolved.append(argument)
+    if named or "-h" in arguments or "--help" in arguments:
+        return resolved
+    stored = _stored_config(arguments)
+    return [f"--config={stored or CONFIG_FOLDER / f'{DEFAULT_CONFIG}.yaml'}", *resolved]
+
+
+def _stored_config(arguments: list[str]) -> Path | None:
+    """`config.yaml` of the run to be resumed, where `--resume` and `--output` name one."""
+    options = dict(_options(arguments))
+    if options.get("resume") not in ("true", "True", "yes") or not options.get("output"):
+        return None
+    path = Path(options["output"]) / "config.yaml"
+    return path if path.is_file() else None
+
+
+def _options(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """(name, value) of each `--name value` or `--name=value`; the value is empty where none follows."""
+    for index, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            continue
+        name, equals, value = argument[2:].partition("=")
+        if not equals and index + 1 < len(arguments) and not arguments[index + 1].startswith("--"):
+            value = arguments[index + 1]
+        yield name, value
+
+
+def _known_keys(parser: ArgumentParser) -> list[str]:
+    defaults = parser.get_defaults().as_dict()
+    defaults.pop("config", None)
+    return [*_flatten(defaults), *(key for key, value in defaults.items() if isinstance(value, dict))]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in values.items():
+        keys += _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}"]
+    return keys
+
+
+def _with_suggestions(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
+    used = [name for name, _ in _options(arguments) if name not in ("config", "print_config", "help")]
+    for name, value in _options(arguments):
+        if name == "config":
+            used += _flatten(_read_yaml(Path(value)))
+    return _suggest(message, used, _known_keys(parser))
+
+
+def _suggest(message: str, used: Iterable[str], known: list[str]) -> str:
+    """Append the nearest known name of every key that does not exist."""
+    lines = [message.strip()]
+    leaves = {key.rpartition(".")[2]: key for key in known}
+    for key in used:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        if not near:
+            near = [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], list(leaves), n=1)]
+        lines.append(f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    return "\n".join(dict.fromkeys(lines))
