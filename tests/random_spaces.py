@@ -1,9 +1,10 @@
-"""Seeded random search spaces for sweeps, small enough to build and run in milliseconds."""
+"""Seeded random search spaces and architectures for sweeps, small enough to build and run in milliseconds."""
 
 from __future__ import annotations
 
 import random
 
+from tfnas.architecture import Architecture, Op
 from tfnas.space import ACTIVATIONS, DEPTH_SPACES, KERNEL_SIZES, Candidate, Space, Stage
 
 
@@ -34,3 +35,15 @@ def random_space(rng: random.Random) -> Space:
         head_act=act(),
         depth_space=rng.choice(DEPTH_SPACES),
     )
+
+
+def random_architecture(rng: random.Random, space: Space) -> Architecture:
+    """Any architecture of `space`: random depths, candidates and widths from 1 to the maximum."""
+    stages = []
+    for layers in space.layers_of_stage:
+        ops = []
+        for layer in layers[: rng.randint(1, len(layers))]:
+            candidate = rng.randrange(len(space.candidates))
+            ops.append(Op.of(layer, candidate, rng.randint(1, layer.max_width(candidate))))
+        stages.append(tuple(ops))
+    return Architecture(space, tuple(stages))

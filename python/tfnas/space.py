@@ -101,6 +101,10 @@ class Layer:
     def out_resolution(self) -> int:
         return -(-self.resolution // self.stride)
 
+    def candidate_index(self, name: str) -> int:
+        """Index of the candidate called `name` (`ValueError` where the layer has none)."""
+        return [candidate.name for candidate in self.candidates].index(name)
+
     def start_width(self, candidate: int) -> int:
         width = round_half_up(self.candidates[candidate].expansion * self.in_channels)
         return min(max(width, self.min_width(candidate)), self.max_width(candidate))
