@@ -1,0 +1,39 @@
+"""Latency tables that several tests use: the published ones, where they are found, and synthetic ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tfnas.latency.lut import Curve, LatencyTable
+from tfnas.space import Space
+
+
+def published_table_path(name: str = "latency_gpu.pkl") -> Path:
+    """Path of a published table; skips the test where it is not found."""
+    default = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "published_lut"
+    folder = Path(os.environ.get("TFNAS_PUBLISHED_LUT", default))
+    if not (folder / name).is_file():
+        pytest.skip(f"no published latency table {folder / name} (set TFNAS_PUBLISHED_LUT to its folder)")
+    return folder / name
+
+
+def synthetic_table(space: Space, *, seed: int = 0, monotone: bool = True, base_ms: float = 1.0) -> LatencyTable:
+    """A table covering `space`: latency grows with width, kernel and resolution; not monotone on request."""
+    rng = np.random.default_rng(seed)
+    spans: dict = {}
+    for layer in space.layers:
+        for c in range(len(layer.candidates)):
+            low, high = spans.get(layer.key(c), (10**9, 0))
+            spans[layer.key(c)] = (min(low, layer.min_width(c)), max(high, layer.max_width(c)))
+    curves = {}
+    for key, (low, high) in spans.items():
+        widths = np.unique(np.r_[np.arange(low, high, max(1, (high - low) // 12)), high])
+        scale = key.kernel_size * (1 + 0.2 * (key.se_channels > 0)) * rng.uniform(0.5, 1.5)
+        latency_ms = 0.05 + scale * widths / widths[-1] * 0.1
+        if not monotone:
+            latency_ms = latency_ms * rng.uniform(0.7, 1.3, widths.size)
+        curves[key] = Curve(widths, latency_ms)
+    return LatencyTable(base_ms, curves, {"device": "synthetic", "batch": 1})
