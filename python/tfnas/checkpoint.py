@@ -1,0 +1,99 @@
+"""Checkpoints: plain tensors, numbers, strings, lists and dicts; written atomically, the one before kept.
+
+`checkpoint.pt` is the latest, `checkpoint.previous.pt` the one before. Whenever the process dies, at least one of the
+two is whole (once two have been written), so a run always finds a state to go on from.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LATEST = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
+FORMAT_VERSION = 1
+_TEMPORARY = "checkpoint.pt.tmp"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+def save_checkpoint(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
+    """Write `state` as the latest checkpoint of `folder`; the latest so far becomes the previous one.
+
+    Tensors are written from whatever device they are on. On an error (full disk, no permission) the old files stay
+    as they were and the error is raised.
+    """
+    folder = Path(folder)
+    temporary, latest = folder / _TEMPORARY, folder / LATEST
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format_version": FORMAT_VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if latest.exists():
+        os.replace(latest, folder / PREVIOUS)
+    os.replace(temporary, latest)
+    _sync_folder(folder)
+    return latest
+
+
+def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` holds a checkpoint file, whole or not."""
+    return any((Path(folder) / name).exists() for name in (LATEST, PREVIOUS))
+
+
+def load_checkpoint(
+    folder: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> tuple[dict[str, Any], list[str]]:
+    """Read the latest whole checkpoint of `folder`; returns it and one remark for every file that was passed over.
+
+    Only tensors and plain values are read (`weights_only=True`): a file with anything else in it is refused, nothing
+    of it is run. Raises `CheckpointError` where no file can be used.
+    """
+    remarks: list[str] = []
+    for name in (LATEST, PREVIOUS):
+        path = Path(folder) / name
+        if not path.exists():
+            continue
+        try:
+            return _read(path, device), remarks
+        except CheckpointError as error:
+            remarks.append(str(error))
+    raise CheckpointError("\n".join(remarks) or f"{folder} holds no checkpoint")
+
+
+def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it holds more than tensors and plain values ({_first(error)})"
+        ) from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({_first(error)})") from None
+    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+        found = state.get("format_version") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT_VERSION}, found {found}")
+    return state
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
