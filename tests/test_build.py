@@ -1,0 +1,83 @@
+"""The build's decisions: which sources, which compiler, CUDA or not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = json.loads((ROOT / "csrc" / "sources.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def toolchain() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_toolchain", ROOT / "tools" / "_toolchain.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["_toolchain"] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_source_exists_and_every_native_file_is_listed() -> None:
+    groups = ("ops", "cpu", "cuda", "engine", "timing", "bindings", "torch_free", "torch_free_tests")
+    listed = {file for group in groups for file in SOURCES[group]} | set(SOURCES["cpu_per_isa"])
+    assert [file for file in sorted(listed) if not (ROOT / file).is_file()] == []
+    present = {
+        str(file.relative_to(ROOT)) for folder in ("csrc", "tests") for file in (ROOT / folder).rglob("*.c[pu]*")
+    }
+    sources = {file for file in present if file.endswith((".cpp", ".cu"))}
+    assert sources - listed == set(), "add these to csrc/sources.json"
+    for file, isas in SOURCES["cpu_per_isa"].items():
+        assert set(isas) <= set(SOURCES["isa_flags"]), file
+
+
+def test_kernels_include_no_torch_header() -> None:
+    for file in sorted((ROOT / "csrc" / "kernels").glob("*")):
+        for line in file.read_text().splitlines():
+            assert not line.startswith(("#include <torch", "#include <ATen", "#include <c10")), f"{file}: {line}"
+
+
+def test_missing_compiler_is_a_reason_not_a_crash(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert "no C++ compiler (/nonexistent/c++)" in toolchain.compiler_problem()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell script")
+def test_a_compiler_that_fails_is_a_reason(
+    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "old-c++"
+    compiler.write_text("#!/bin/sh\necho 'error: unrecognized option -std=c++20' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "could not compile C++20" in toolchain.compiler_problem()
+    assert "unrecognized option" in toolchain.compiler_problem()
+
+
+def test_cuda_decision(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = toolchain.Nvcc("/opt/cuda", "13.0")
+    monkeypatch.delenv("TFNAS_CUDA", raising=False)
+    assert toolchain.cuda_problem("13.2", nvcc, ["a.cu"]) is None
+    assert "torch is a CPU build" in toolchain.cuda_problem(None, nvcc, ["a.cu"])
+    assert "nvcc was not found" in toolchain.cuda_problem("13.0", None, ["a.cu"])
+    assert "nvcc is 13.0 (/opt/cuda) but torch was built with CUDA 12.8" in toolchain.cuda_problem(
+        "12.8", nvcc, ["a.cu"]
+    )
+    assert "no CUDA sources" in toolchain.cuda_problem("13.0", nvcc, [])
+    monkeypatch.setenv("TFNAS_CUDA", "0")
+    assert toolchain.cuda_problem("13.0", nvcc, ["a.cu"]) == "TFNAS_CUDA=0"
+    monkeypatch.setenv("TFNAS_CUDA", "1")
+    assert toolchain.cuda_problem("13.0", nvcc, ["a.cu"]) is None
+    with pytest.raises(SystemExit, match="TFNAS_CUDA=1, but torch is a CPU build"):
+        toolchain.cuda_problem(None, nvcc, ["a.cu"])
+    monkeypatch.setenv("TFNAS_CUDA", "yes")
+    with pytest.raises(SystemExit, match="must be 0, 1 or unset, got 'yes'"):
+        toolchain.cuda_problem("13.0", nvcc, ["a.cu"])
