@@ -1,0 +1,44 @@
+"""Looking at image files before the first epoch."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfnas.data.decode import decode
+from tfnas.data.errors import DataError, shown
+from tfnas.data.images import FileImages
+
+
+def require_files(images: FileImages) -> None:
+    """Raises `DataError` naming the first file that is missing or empty. Nothing is decoded."""
+    for index in range(len(images)):
+        path = images.path(index)
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise DataError(f"{shown(path)}: expected an image file, got: {error.strerror or error}") from error
+        if size == 0:
+            raise DataError(
+                f"{shown(path)}: expected an image file, got an empty one; replace it, or leave such files out with "
+                "skip_bad_images"
+            )
+
+
+def readable_files(images: FileImages, channels: int, threads: int) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Decode every file: (indices of the good ones, a message for each of the others)."""
+
+    def fault(index: int) -> str | None:
+        try:
+            decode(images.path(index), channels)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        faults = list(pool.map(fault, range(len(images))))
+    good = np.array([index for index, found in enumerate(faults) if found is None], dtype=np.int64)
+    return good, tuple(found for found in faults if found is not None)

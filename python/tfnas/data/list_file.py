@@ -1,0 +1,79 @@
+"""List files: one `path label` per line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from tfnas.data.arrays import check_labels
+from tfnas.data.errors import DataError, shown
+from tfnas.data.images import FileImages, Labelled
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(line number, text) of every line that is not blank. Bytes that are not UTF-8 are kept as in file names."""
+    try:
+        text = os.fsdecode(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{shown(path)}: cannot be read: {error.strerror or error}") from error
+    # Not splitlines(): a path may hold characters that it takes for line ends.
+    lines = ((number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1))
+    return [(number, line) for number, line in lines if line.strip()]
+
+
+def read_label_map(path: Path) -> dict[str, tuple[int, str]]:
+    """Label as in a list file -> (class, class name), from lines `label class name`; classes in line order."""
+    mapping: dict[str, tuple[int, str]] = {}
+    for number, line in read_lines(path):
+        label, _, name = line.strip().partition(" ")
+        if label in mapping:
+            raise DataError(f"{shown(path)}, line {number}: expected every label once, got {shown(label)} again")
+        mapping[label] = (len(mapping), shown(name.strip() or label))
+    if not mapping:
+        raise DataError(f"{shown(path)}: expected lines of `label class name`, got none")
+    return mapping
+
+
+def read_list(
+    path: Path, root: Path | None, mapping: dict[str, tuple[int, str]] | None, num_classes: int | None
+) -> Labelled:
+    """Images and labels of a list file. The label is what follows the last blank, so that paths may hold blanks.
+
+    Without a label map labels are whole numbers from 0; relative paths start from `root` (default: the list's folder).
+
+    Raises:
+        DataError: naming file and line: no label, a label outside the classes.
+    """
+    lines = read_lines(path)
+    if not lines:
+        raise DataError(f"{shown(path)}: expected lines of `path label`, got none")
+    base = path.parent if root is None else root
+    paths: list[str] = []
+    labels: list[int] = []
+    for number, line in lines:
+        parts = line.rstrip().rsplit(maxsplit=1)
+        if len(parts) != 2:
+            raise DataError(f"{shown(path)}, line {number}: expected `path label`, got {shown(line)!r}")
+        paths.append(os.path.join(base, parts[0]))
+        labels.append(_class_of(parts[1], mapping, f"{shown(path)}, line {number}"))
+    checked = np.array(labels, dtype=np.int64)
+    if mapping is not None:
+        names = tuple(name for _, name in sorted(mapping.values()))
+    else:
+        names = tuple(str(i) for i in range(num_classes or int(checked.max()) + 1))
+    check_labels(checked, shown(path), len(names))
+    return Labelled(FileImages.of(paths), checked, names)
+
+
+def _class_of(label: str, mapping: dict[str, tuple[int, str]] | None, where: str) -> int:
+    if mapping is not None:
+        if label not in mapping:
+            raise DataError(f"{where}: expected a label of the label map ({len(mapping)} labels), got {shown(label)}")
+        return mapping[label][0]
+    if not (label.isascii() and label.isdigit()):
+        raise DataError(
+            f"{where}: expected a whole number from 0 as label, got {shown(label)}; give a label_map for names"
+        )
+    return int(label)

@@ -1,0 +1,65 @@
+"""NumPy archives of images and labels."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfnas.data.errors import DataError, shown
+
+_NAMES = {
+    "train": (("train_images", "train_labels"), ("x_train", "y_train"), ("images", "labels")),
+    "test": (("test_images", "test_labels"), ("x_test", "y_test")),
+}
+Pair = tuple[NDArray[np.generic], NDArray[np.generic]]
+
+
+def read_npz(path: Path) -> tuple[Pair, Pair | None, tuple[str, ...] | None]:
+    """(training images and labels, test images and labels or None, class names or None).
+
+    The arrays are called `train_images`, `train_labels`, `test_images`, `test_labels` (or `x_train`, `y_train`,
+    `x_test`, `y_test`, or `images`, `labels`), optionally `class_names`. Pickled objects are never loaded.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{shown(path)}: expected an .npz archive, got a single array")
+            train = _pair(archive, path, "train")
+            if train is None:
+                expected = " or ".join(" + ".join(pair) for pair in _NAMES["train"])
+                raise DataError(f"{shown(path)}: expected arrays {expected}, got {', '.join(archive.files) or 'none'}")
+            names = _member(archive, path, "class_names") if "class_names" in archive.files else None
+            if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
+                raise DataError(
+                    f"{shown(path)}: class_names: expected a list of strings, got {names.dtype} {list(names.shape)}"
+                )
+            return train, _pair(archive, path, "test"), None if names is None else tuple(str(name) for name in names)
+    except DataError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError) as error:
+        raise DataError(f"{shown(path)}: expected a whole .npz archive of plain arrays, got: {error}") from error
+    except OSError as error:
+        raise DataError(f"{shown(path)}: cannot be read: {error.strerror or error}") from error
+
+
+def _pair(archive: np.lib.npyio.NpzFile, path: Path, part: str) -> Pair | None:
+    for images, labels in _NAMES[part]:
+        if images in archive.files:
+            if labels not in archive.files:
+                raise DataError(f"{shown(path)}: expected {labels} beside {images}, got {', '.join(archive.files)}")
+            return _member(archive, path, images), _member(archive, path, labels)
+    return None
+
+
+def _member(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> NDArray[np.generic]:
+    try:
+        return archive[name]
+    except ValueError as error:
+        raise DataError(
+            f"{shown(path)}: {name}: expected a plain array, got one that cannot be read without pickle ({error}); "
+            "save it with a number or string dtype"
+        ) from error
