@@ -1,0 +1,164 @@
+"""Runs chains made of the configurations still to be measured, so that one pass yields a sample for every slot.
+
+Which configurations share a chain is drawn at random (seeded), least measured first: machine drift and the company a
+block keeps are spread over all of them alike. After every timed pass the reference chain runs once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tfnas.latency.chain import ChainTimer, Pass, Section, Sections
+from tfnas.latency.engine import Engine
+from tfnas.latency.measurements import Config, Measurements, Sample, usable
+from tfnas.space import Layer, OpKey, Space
+from tfnas_ext.timing import Samples, StopRule
+
+Kind = tuple[int, int, int, int, str]
+_DRIFT_EVERY = 8  # visits between two looks at the stop rule
+
+
+def kind_of_key(key: OpKey) -> Kind:
+    """The place in the network a curve belongs to: same input, output and stride, whatever kernel and SE."""
+    return key.resolution, key.in_channels, key.out_channels, key.stride, key.act
+
+
+def kind_of_layer(layer: Layer) -> Kind:
+    return layer.resolution, layer.in_channels, layer.out_channels, layer.stride, layer.act
+
+
+class ChainProfiler:
+    """Adds samples to `measurements` for configurations of one space under one engine's conditions.
+
+    `repeats` timed passes follow each change of configurations, after `warm_up` untimed ones, which build primitives
+    and bring the weights as near as they are in a network that runs again and again.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        engine: Engine,
+        timer: ChainTimer,
+        measurements: Measurements,
+        *,
+        seed: int = 0,
+        repeats: int = 2,
+        warm_up: int = 1,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.space, self.engine, self.timer, self.measurements = space, engine, timer, measurements
+        self.repeats, self.warm_up, self.now_s = repeats, warm_up, now_s
+        self.rng = np.random.default_rng(seed)
+        self._input = engine.input()
+        self._stem, self._head = engine.stem(), engine.head()
+        self._sections: dict[Config, Section] = {}
+        self._reference = reference_sections(space, engine)
+        self.warm(self._reference)
+
+    def measure(
+        self,
+        configs: Iterable[Config],
+        rule: StopRule,
+        deadline_s: float,
+        *,
+        least: int = 3,
+        tick: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Sample `configs` until each meets `rule` or the deadline (of `now_s`) passes, each at least `least` times.
+
+        Returns whether all met the rule. The samples are in `measurements` whatever happens; `tick` is called often.
+        """
+        waiting = list(dict.fromkeys(configs))
+        met = True
+        while True:
+            drift = self.measurements.reference.drift() if self.measurements.reference.passes_ms else np.ones((0, 0))
+            late = self.now_s() >= deadline_s
+            still: list[Config] = []
+            for config in waiting:
+                count = self.measurements.count(config)
+                good = count > 0 and rule.met(self.measurements.samples(config, drift).values_ms)
+                spent = count >= rule.max_samples or (late and count >= least)
+                if good or spent:
+                    met &= good
+                    self._sections.pop(config, None)
+                else:
+                    still.append(config)
+            waiting = still
+            if not waiting:
+                return met
+            for _ in range(_DRIFT_EVERY):
+                self._visit(waiting)
+            tick()
+
+    def measure_networks(
+        self, networks: Sequence[Sections], rule: StopRule, deadline_s: float, least: int = 3
+    ) -> list[Samples]:
+        """Total time (ms) of whole networks, interleaved at random, drift divided out by the whole reference chain."""
+        totals: list[list[Sample]] = [[] for _ in networks]
+        waiting, met = list(range(len(networks))), set[int]()
+        while waiting:
+            for index in self.rng.permutation(waiting):
+                for pass_, number in self._timed(networks[int(index)]):
+                    totals[index].append(Sample(pass_.total_ms, number, 0, bool(pass_.disturbed.any())))
+            drift = self.measurements.reference.total_drift()[:, None]
+            late = self.now_s() >= deadline_s
+            results = [usable(total, drift) for total in totals]
+            met |= {i for i in waiting if rule.met(results[i].values_ms)}
+            full = {i for i in waiting if len(totals[i]) >= (least if late else rule.max_samples)}
+            waiting = [i for i in waiting if i not in met and i not in full]
+        return [replace(samples, converged=i in met) for i, samples in enumerate(results)]
+
+    def warm(self, sections: Sections, passes: int = 3) -> None:
+        """Run a chain untimed: kernels are chosen and compiled, memory is allocated."""
+        for _ in range(passes):
+            self.timer.run(sections, self._input)
+
+    def _visit(self, waiting: Sequence[Config]) -> None:
+        queues: dict[Kind, list[Config]] = {}
+        for index in self.rng.permutation(len(waiting)):
+            config = waiting[index]
+            queues.setdefault(kind_of_key(config[0]), []).append(config)
+        for queue in queues.values():
+            queue.sort(key=self.measurements.count, reverse=True)
+        sections: list[Section] = [self._stem]
+        slots: list[tuple[int, int, Config]] = []  # (place in this chain, place in the reference chain, what)
+        for layer in self.space.layers:
+            queue = queues.get(kind_of_layer(layer), [])
+            if queue:
+                config = queue.pop()
+                slots.append((len(sections), 1 + layer.index, config))
+                sections.append(self._section(config))
+            elif not layer.has_residual:
+                sections.append(self._reference[1 + layer.index])
+        sections.append(self._head)
+        places = [(0, 0, self.measurements.stem), (len(sections) - 1, len(self._reference) - 1, self.measurements.head)]
+        places += [(place, reference, self.measurements.blocks[config]) for place, reference, config in slots]
+        for pass_, number in self._timed(sections):
+            for place, reference_place, samples in places:
+                ms, disturbed = float(pass_.sections_ms[place]), bool(pass_.disturbed[place])
+                samples.append(Sample(ms, number, reference_place, disturbed))
+
+    def _timed(self, sections: Sections) -> list[tuple[Pass, int]]:
+        """Timed passes of `sections`, each with the number of the reference pass after it."""
+        self.warm(sections, self.warm_up)
+        result: list[tuple[Pass, int]] = []
+        for _ in range(self.repeats):
+            pass_ = self.timer.run(sections, self._input)
+            reference = self.timer.run(self._reference, self._input)
+            result.append((pass_, self.measurements.reference.add(reference.sections_ms)))
+        return result
+
+    def _section(self, config: Config) -> Section:
+        if config not in self._sections:
+            self._sections[config] = self.engine.block(*config)
+        return self._sections[config]
+
+
+def reference_sections(space: Space, engine: Engine) -> list[Section]:
+    """The reference chain: the full-depth network of the first candidate at its starting widths."""
+    blocks = [engine.block(layer.key(0), layer.start_width(0)) for layer in space.layers]
+    return [engine.stem(), *blocks, engine.head()]

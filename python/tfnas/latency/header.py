@@ -1,0 +1,48 @@
+"""What a table's header says about where and how it was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tfnas.latency.engine import Conditions
+from tfnas.space import Space
+from tfnas_ext.timing_host import cpu_name
+
+
+def describe_conditions(conditions: Conditions, space: Space, allocator: dict[str, int] | None) -> dict[str, Any]:
+    """Device, engine, batch, resolution, dtype, layout, threads, versions, allocator settings and the date (UTC)."""
+    return conditions.as_dict() | {
+        "device": device_name(conditions.device),
+        "device_type": torch.device(conditions.device).type,
+        "device_uuid": device_uuid(conditions.device),
+        "space": space.name,
+        "resolution": space.resolution,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "allocator": allocator,
+        "unit": "ms",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device: str) -> str:
+    """The processor's or the GPU's name."""
+    return cpu_name() if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def device_uuid(device: str) -> str:
+    """Tells one machine from another: the GPU's UUID, or a digest of the machine's id and processor."""
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_properties(device).uuid)
+    machine = platform.node()
+    with suppress(OSError):
+        machine = Path("/etc/machine-id").read_text(encoding="utf-8").strip()
+    return hashlib.sha256(f"{machine} {cpu_name()}".encode()).hexdigest()[:16]

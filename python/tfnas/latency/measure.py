@@ -1,0 +1,72 @@
+"""Measures whole networks under the conditions of a table, with the same harness that built it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tfnas.architecture import Architecture
+from tfnas.latency.chain import ChainTimer
+from tfnas.latency.chain_profiler import ChainProfiler
+from tfnas.latency.conditions import make_engine, make_timer
+from tfnas.latency.engine import Conditions, Engine
+from tfnas.latency.measurements import Measurements
+from tfnas_ext.timing import Samples, StopRule
+from tfnas_ext.timing_host import pinned_threads, set_allocator
+
+
+def conditions_of(header: Mapping[str, Any]) -> Conditions:
+    """The conditions a table's header names; what an imported table does not say is taken from the defaults."""
+    known = {name: header[name] for name in ("engine", "batch", "threads", "dtype", "layout") if header.get(name)}
+    return Conditions(device=header.get("device_type") or "cpu", **known)
+
+
+def measure_network_ms(
+    arch: Architecture,
+    conditions: Conditions | None = None,
+    *,
+    half_width: float = 0.005,
+    min_samples: int = 20,
+    time_limit_s: float = 5.0,
+) -> Samples:
+    """Latency of a whole network in ms, one batch of `conditions.batch` images from input to logits.
+
+    The network gets random weights. Samples are drift-free (a reference network runs beside it); their `facts` hold
+    `reference_ms`, the reference's own median, by which a table built in another process can be compared.
+    Not deterministic, being a measurement. Raises `EngineUnavailable` where the conditions cannot be met.
+    """
+    rule = StopRule(half_width, min_samples, time_limit_s=time_limit_s)
+    return measure_networks_ms([arch], conditions, rule=rule, time_limit_s=time_limit_s)[0]
+
+
+def measure_networks_ms(
+    archs: Sequence[Architecture],
+    conditions: Conditions | None = None,
+    *,
+    rule: StopRule | None = None,
+    time_limit_s: float = 60.0,
+    seed: int = 0,
+    engine: Engine | None = None,
+    timer: ChainTimer | None = None,
+    now_s: Callable[[], float] = time.monotonic,
+) -> list[Samples]:
+    """`measure_network_ms` for several networks of one space, interleaved at random; `time_limit_s` is for all."""
+    if not archs:
+        raise ValueError("archs: expected at least one architecture to measure")
+    conditions = Conditions() if conditions is None else conditions
+    rule = StopRule(0.01, min_samples=10, max_samples=60) if rule is None else rule
+    space = archs[0].space
+    set_allocator()
+    with pinned_threads(conditions.threads):
+        engine = engine or make_engine(space, conditions)
+        timer = timer or make_timer(conditions)
+        data = Measurements()
+        profiler = ChainProfiler(space, engine, timer, data, seed=seed, now_s=now_s)
+        networks = [engine.network(arch) for arch in archs]
+        for network in networks:
+            profiler.warm(network)
+        results = profiler.measure_networks(networks, rule, now_s() + time_limit_s, least=3)
+    facts = {"reference_ms": data.reference.total_ms()} | conditions.as_dict()
+    return [replace(samples, facts=facts) for samples in results]

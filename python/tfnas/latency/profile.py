@@ -1,0 +1,292 @@
+"""Builds a latency table: adaptive widths, everything measured in context, additivity checked and corrected.
+
+The order of things: (1) rounds of width measurements, each curve's knots placed by bisection where interpolation was
+seen to be wrong; (2) random architectures measured whole, and the affine correction total = b0 + b1 * sum fitted to
+them. All samples go through a partial file, so that an interrupted build continues where it was.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from tfnas.architecture import Architecture
+from tfnas.latency.additivity import FloatArray, additivity_report, fit_correction, random_architectures
+from tfnas.latency.chain import ChainTimer
+from tfnas.latency.chain_profiler import ChainProfiler
+from tfnas.latency.conditions import make_engine, make_timer
+from tfnas.latency.engine import Conditions, Engine
+from tfnas.latency.header import describe_conditions
+from tfnas.latency.lut import Curve, LatencyTable
+from tfnas.latency.measurements import Config, Measurements
+from tfnas.space import OpKey, Space
+from tfnas_ext.timing import StopRule
+from tfnas_ext.timing_host import pinned_threads, set_allocator
+
+_WIDTHS_SHARE = 0.75  # of the budget; the rest measures whole networks
+_SAVE_EVERY_S = 5.0
+
+
+class NoisyMachineWarning(UserWarning):
+    """The table was built, but the machine was not quiet enough for the asked precision; its header says how much."""
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How to build a table. Times in seconds, shares as fractions.
+
+    `budget_s` bounds the whole build (a resumed one: what is left of it); every curve gets its ends and its middle
+    whatever the budget. `tolerance` is the interpolation error that makes a curve's interval be split, `half_width`
+    the precision of each median (95 %), `noise_limit` the median precision above which the machine counts as noisy.
+    """
+
+    conditions: Conditions = field(default_factory=Conditions)
+    budget_s: float = 240.0
+    tolerance: float = 0.025
+    half_width: float = 0.01
+    noise_limit: float = 0.03
+    min_samples: int = 8
+    max_samples: int = 30
+    max_widths: int = 700
+    fit_architectures: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("budget_s", "tolerance", "half_width", "noise_limit"):
+            if not (value := getattr(self, name)) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        for name, least in (("min_samples", 3), ("max_samples", self.min_samples), ("fit_architectures", 3)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a build is. `share` in 0..1, `seconds_left` an estimate bounded by the budget."""
+
+    phase: str
+    widths: int
+    share: float
+    seconds_left: float
+
+
+def build_table(
+    space: Space,
+    options: ProfileOptions | None = None,
+    *,
+    partial: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    engine: Engine | None = None,
+    timer: ChainTimer | None = None,
+    now_s: Callable[[], float] = time.monotonic,
+) -> LatencyTable:
+    """Measure a latency table of `space` under `options.conditions`; latencies in ms.
+
+    `partial` names a file that keeps all samples while the build runs; if it exists, the build continues from it
+    (ValueError when it belongs to other conditions). It is left for the caller to delete once the table is saved.
+    On a noisy machine the table is built all the same, with its noise in the header and a `NoisyMachineWarning`.
+    Not deterministic, being a measurement; which configurations meet in which chain follows `options.seed`.
+    """
+    options = ProfileOptions() if options is None else options
+    allocator = set_allocator()
+    with pinned_threads(options.conditions.threads):
+        build = _Build(
+            space,
+            options,
+            engine or make_engine(space, options.conditions),
+            timer or make_timer(options.conditions),
+            partial,
+            progress,
+            now_s,
+        )
+        return build.run(allocator)
+
+
+class _Build:
+    def __init__(
+        self,
+        space: Space,
+        options: ProfileOptions,
+        engine: Engine,
+        timer: ChainTimer,
+        partial: str | os.PathLike[str] | None,
+        progress: Callable[[Progress], None] | None,
+        now_s: Callable[[], float],
+    ) -> None:
+        self.space, self.options, self.engine = space, options, engine
+        self.partial, self.progress, self.now_s = partial, progress, now_s
+        self.identity: dict[str, Any] = {"space": space.name, "reference": _curve_names(space)}
+        self.identity |= options.conditions.as_dict()
+        resumed = partial is not None and os.path.exists(partial)
+        self.data = Measurements.load(partial, self.identity) if resumed and partial is not None else Measurements()
+        self.spent_before_s = self.data.seconds
+        self.start_s = now_s()
+        self.saved_s = self.start_s
+        self.rule = StopRule(options.half_width, options.min_samples, options.max_samples, options.budget_s)
+        self.ranges = width_ranges(space)
+        self.profiler = ChainProfiler(space, engine, timer, self.data, seed=options.seed, now_s=now_s)
+
+    @property
+    def spent_s(self) -> float:
+        return self.spent_before_s + self.now_s() - self.start_s
+
+    def deadline_s(self, share: float) -> float:
+        """When `share` of the budget will be used up, on the clock `now_s`."""
+        return self.start_s + self.options.budget_s * share - self.spent_before_s
+
+    def run(self, allocator: dict[str, int] | None) -> LatencyTable:
+        try:
+            self._measure_widths()
+            archs, whole_ms = self._measure_networks()
+        finally:
+            self._keep()  # Ctrl-C loses nothing
+        table = LatencyTable(self._base_ms(), self._curves())
+        sums_ms = np.array([table.architecture_ms(arch) for arch in archs])
+        correction = fit_correction(sums_ms, whole_ms)
+        additivity = additivity_report(sums_ms, whole_ms, correction)
+        noise = self._noise()
+        header = describe_conditions(self.options.conditions, self.space, allocator) | {
+            "mode": "chain",
+            "widths_measured": len(self.data.blocks),
+            "seconds": round(self.spent_s, 1),
+            "reference_ms": self.data.reference.total_ms(),
+            "tolerance": self.options.tolerance,
+            "seed": self.options.seed,
+            "noise": noise,
+            "additivity": additivity.as_dict(),
+        }
+        if noise["noisy"]:
+            warnings.warn(
+                f"the machine was not quiet: medians are known to +-{100 * noise['half_width_median']:.1f} % only, "
+                f"{100 * self.options.half_width:.1f} % were asked for, and {100 * noise['disturbed_share']:.0f} % of "
+                "the timed sections were disturbed; the table's header says so",
+                NoisyMachineWarning,
+                stacklevel=3,
+            )
+        self._report("done", 1.0)
+        return replace(table, header=header, correction=correction)
+
+    def _measure_widths(self) -> None:
+        plan: list[Config] = [(key, w) for key, (lo, hi) in self.ranges.items() for w in first_widths(lo, hi)]
+        share = 0.0
+        while plan:
+            share += (_WIDTHS_SHARE - share) * 0.6
+            self.profiler.measure(plan, self.rule, self.deadline_s(share), tick=self._tick)
+            self._keep()
+            if self.now_s() >= self.deadline_s(_WIDTHS_SHARE):
+                break
+            plan = self._refinement()
+
+    def _refinement(self) -> list[Config]:
+        drift = self.data.reference.drift()
+        room = self.options.max_widths - len(self.data.blocks)
+        wanted: list[tuple[float, Config]] = []
+        for key in self.ranges:
+            for error, width in split_widths(self.data.medians(key, drift), self.options.tolerance):
+                wanted.append((error, (key, width)))
+        wanted.sort(key=lambda item: -item[0])
+        return [config for _, config in wanted[: max(0, room)]]
+
+    def _base_ms(self) -> float:
+        stem, head = self.data.base_samples(self.data.reference.drift())
+        return stem.median_ms + head.median_ms
+
+    def _curves(self) -> dict[OpKey, Curve]:
+        drift = self.data.reference.drift()
+        curves: dict[OpKey, Curve] = {}
+        for key in self.ranges:
+            widths = sorted(w for k, w in self.data.blocks if k == key)
+            samples = [self.data.samples((key, w), drift) for w in widths]
+            curves[key] = Curve(
+                np.array(widths),
+                np.array([s.median_ms for s in samples]),
+                np.array([s.rel_stdev for s in samples]),
+                np.array([s.count for s in samples]),
+            )
+        return curves
+
+    def _measure_networks(self) -> tuple[list[Architecture], FloatArray]:
+        """Random architectures and their measured totals in ms."""
+        self._report("additivity", _WIDTHS_SHARE)
+        archs = random_architectures(self.space, self.options.fit_architectures, seed=self.options.seed + 1)
+        networks = [self.engine.network(arch) for arch in archs]
+        measured = self.profiler.measure_networks(networks, self.rule, self.deadline_s(1.0))
+        return archs, np.array([s.median_ms for s in measured])
+
+    def _tick(self) -> None:
+        if self.now_s() - self.saved_s >= _SAVE_EVERY_S:
+            self._keep()
+        self._report("widths", self.spent_s / self.options.budget_s)
+
+    def _noise(self) -> dict[str, Any]:
+        drift = self.data.reference.drift()
+        samples = [self.data.samples(config, drift) for config in self.data.blocks]
+        widths = np.array([s.relative_half_width for s in samples])
+        half_width = float(np.median(widths))
+        disturbed = self.data.disturbed_share()
+        # JSON knows no infinity: too few samples for an interval count as "not known at all"
+        known = half_width if math.isfinite(half_width) else 1.0
+        return {
+            "rel_stdev_median": float(np.median([s.rel_stdev for s in samples])),
+            "half_width_median": known,
+            "disturbed_share": disturbed,
+            "drift_range": [float(drift.min()), float(drift.max())],
+            "noisy": known > self.options.noise_limit or disturbed > 0.5,
+        }
+
+    def _keep(self) -> None:
+        self.data.seconds = self.spent_s
+        self.saved_s = self.now_s()
+        if self.partial is not None:
+            self.data.save(self.partial, self.identity)
+
+    def _report(self, phase: str, share: float) -> None:
+        if self.progress is not None:
+            left = max(0.0, self.options.budget_s - self.spent_s)
+            self.progress(Progress(phase, len(self.data.blocks), min(1.0, share), 0.0 if phase == "done" else left))
+
+
+def width_ranges(space: Space) -> dict[OpKey, tuple[int, int]]:
+    """The widths a table must cover, [lo, hi] per curve, over all candidates and layers that share it."""
+    ranges: dict[OpKey, tuple[int, int]] = {}
+    for layer in space.layers:
+        for c, candidate in enumerate(layer.candidates):
+            if candidate.is_skip:
+                continue
+            lo, hi = ranges.get(layer.key(c), (layer.min_width(c), layer.max_width(c)))
+            ranges[layer.key(c)] = min(lo, layer.min_width(c)), max(hi, layer.max_width(c))
+    return ranges
+
+
+def first_widths(lo: int, hi: int) -> list[int]:
+    """Both ends and the middle."""
+    return sorted({lo, (lo + hi) // 2, hi})
+
+
+def split_widths(latency_ms: dict[int, float], tolerance: float, smallest_gap: int = 4) -> list[tuple[float, int]]:
+    """Where the curve must be known better: (relative interpolation error seen, width to measure next).
+
+    A measured width that its two neighbours mispredict by more than `tolerance` has both its intervals halved.
+    """
+    widths = sorted(latency_ms)
+    result: dict[int, float] = {}
+    for a, m, b in zip(widths, widths[1:], widths[2:], strict=False):
+        expected = np.interp(m, [a, b], [latency_ms[a], latency_ms[b]])
+        error = abs(latency_ms[m] - expected) / latency_ms[m]
+        if error > tolerance:
+            for left, right in ((a, m), (m, b)):
+                if right - left >= 2 * smallest_gap:
+                    middle = (left + right) // 2
+                    result[middle] = max(error, result.get(middle, 0.0))
+    return [(error, width) for width, error in result.items()]
+
+
+def _curve_names(space: Space) -> list[str]:
+    return [str(key) for key in space.keys]
