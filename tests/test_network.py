@@ -200,7 +200,7 @@ def test_drop_connect_grows_with_depth_and_keeps_the_mean() -> None:
         if layer.has_residual
     }
     assert [round(drop.rate, 6) for drop in rates.values()] == [
-        round(0.2 * (layer.index + 1) / 19, 6) for layer, _ in arch.layers() if layer.has_residual
+        round(0.2 * (layer.index + 2) / 19, 6) for layer, _ in arch.layers() if layer.has_residual
     ]
     torch.manual_seed(0)
     layer = arch.space.layers[1]

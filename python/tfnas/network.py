@@ -113,7 +113,9 @@ class MBInvRes(nn.Module):
 class Stem(nn.Module):
     """Stages 1 and 2 of Table 1: 3x3 convolution, then the fixed MBInvRes without expansion."""
 
-    def __init__(self, space: Space, *, affine: bool = True, running_stats: bool = True) -> None:
+    def __init__(
+        self, space: Space, *, affine: bool = True, running_stats: bool = True, drop_connect: float = 0.0
+    ) -> None:
         super().__init__()
         channels = space.stem_channels
         self.conv_stem = nn.Conv2d(space.image_channels, channels, 3, stride=space.stem_stride, padding=1, bias=False)
@@ -131,6 +133,7 @@ class Stem(nn.Module):
             expand=False,
             affine=affine,
             running_stats=running_stats,
+            drop_connect=drop_connect,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,9 +170,9 @@ class Network(nn.Module):
         return self.head(self.stages(self.stem(x)))
 
 
-def build_stem(space: Space, *, affine: bool = True, running_stats: bool = True) -> Stem:
-    """Everything before the searchable layers."""
-    return Stem(space, affine=affine, running_stats=running_stats)
+def build_stem(space: Space, *, affine: bool = True, running_stats: bool = True, drop_connect: float = 0.0) -> Stem:
+    """Everything before the searchable layers; `drop_connect` is the rate of the fixed block."""
+    return Stem(space, affine=affine, running_stats=running_stats, drop_connect=drop_connect)
 
 
 def build_block(
@@ -210,19 +213,20 @@ def build_network(
         affine: Whether batch norms have weight and bias (the supernet's have none).
         running_stats: Whether batch norms keep running statistics (the supernet's do not).
         dropout: Rate in [0, 1) before the classifier.
-        drop_connect: Rate in [0, 1) that residual branches approach with depth: block i of n (the stem's block is
-            block 0) is left out, per image, with probability `drop_connect * i / n`.
+        drop_connect: Rate in [0, 1) of the last residual branch; as in the published code it grows with depth: block i
+            of n (the stem's block is the first) is left out, per image, with probability `drop_connect * i / n`.
     """
+    _rate("drop_connect", drop_connect)
     depth = 1 + sum(len(ops) for ops in arch.stages)
     stages: list[list[nn.Module]] = [[] for _ in arch.stages]
-    stem = build_stem(arch.space, affine=affine, running_stats=running_stats)
-    for i, (layer, op) in enumerate(arch.layers(), start=1):
+    stem = build_stem(arch.space, affine=affine, running_stats=running_stats, drop_connect=drop_connect / depth)
+    for i, (layer, op) in enumerate(arch.layers(), start=2):
         block = build_block(
             layer,
             op,
             affine=affine,
             running_stats=running_stats,
-            drop_connect=_rate("drop_connect", drop_connect) * i / depth,
+            drop_connect=drop_connect * i / depth,
         )
         stages[layer.stage].append(block)
     head = build_head(arch.space, affine=affine, running_stats=running_stats, dropout=dropout)
