@@ -128,7 +128,7 @@ setup(
         f"torch=={torch_version}" if problem is None else _build.TORCH_RANGE.split(",")[0],
         "torchvision",
         "numpy>=1.24",
-        "jsonargparse[signatures]>=4.40",
+        "jsonargparse[signatures]>=4.49",
         "PyYAML>=6.0",
         "rich>=13.0",
         "safetensors>=0.4",

@@ -18,22 +18,48 @@ class ConfigError(ValueError):
 
 @dataclass
 class DatasetConfig:
-    """How images are chosen, split and augmented.
+    """How images are found, chosen, split and augmented.
 
     Attributes:
-        classes: Number of classes to keep (the first ones, in sorted order) or a list of class names; null keeps all.
-        held_out_fraction: Share of every class's images held out for the architecture parameters.
-        augmentation: Training augmentation: `imagenet` (random crop, flip, colour jitter), `small` (shift and flip, for
-            28-64 px images) or `none`.
-        workers: Worker processes or threads that decode images.
-        skip_unreadable: Leave out unreadable images, counting them, where the default is to stop and name the file.
+        format: How to read a path: `folder` of class folders, `list` file, `idx`, `npz`; `auto` decides by what is
+            there.
+        test_source: Path of test images, where `data` does not bring its own.
+        list_root: Folder that relative paths of a list file start from; null takes the list file's own.
+        label_map: Text file for a list file's labels, one `label class name` a line.
+        classes: Names of the classes to use, or how many, chosen by the seed; null takes all.
+        held_out_fraction: Share of every class held out for the architecture parameters.
+        evaluation_batch_size: Images a step of held-out data; null takes `batch_size`.
+        crop: Training crop: `pad` (zero-pad, crop back), `resized` (random area and aspect) or `none`; `auto` pads
+            arrays and resizes image files.
+        padding: Pixels of `pad`.
+        flip: Mirror half of the training images left to right.
+        color_jitter: Brightness, contrast, saturation, hue; null takes 0.4, 0.4, 0.4, 0.2 for image files, none for
+            arrays.
+        mean: Per channel, of intensities in 0..1; null takes ImageNet's for image files, the measured one for arrays.
+        std: As `mean`.
+        resident: Decode image files once and keep them on the device.
+        workers: Processes that decode image files; the images do not depend on it.
+        skip_bad_images: Leave out image files that cannot be decoded, where the default is to stop and name the file.
+        fake_images_per_class: Training images of each class of the data `fake`.
     """
 
+    format: Literal["auto", "folder", "list", "idx", "npz"] = "auto"
+    test_source: str | None = None
+    list_root: str | None = None
+    label_map: str | None = None
     classes: int | list[str] | None = None
     held_out_fraction: float = 0.2
-    augmentation: Literal["imagenet", "small", "none"] = "imagenet"
-    workers: int = 2
-    skip_unreadable: bool = False
+    evaluation_batch_size: int | None = None
+    crop: Literal["auto", "pad", "resized", "none"] = "auto"
+    padding: int = 2
+    flip: bool = True
+    color_jitter: tuple[float, float, float, float] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    resident: bool = False
+    workers: int = 0
+    skip_bad_images: bool = False
+    fake_images_per_class: int = 20
 
 
 @dataclass
@@ -118,14 +144,20 @@ class ProfileConfig:
     """How a latency table is measured where `lut` names none, and how the derived network is measured.
 
     Attributes:
-        batch_size: Images a forward pass while measuring.
+        engine: What runs the network while measuring, which should be what will be deployed: `eager`, `compile`.
+        batch_size: Images a forward pass.
+        threads: CPU threads; null takes the run's.
+        dtype: `float32`, `bfloat16` or `float16`.
+        layout: Memory layout of the activations, `nchw` or `channels_last`.
         budget_s: Time to spend on measuring a table, in seconds.
-        threads: Threads while measuring; null takes the run's.
     """
 
+    engine: str = "eager"
     batch_size: int = 32
-    budget_s: float = 600.0
     threads: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    layout: Literal["nchw", "channels_last"] = "nchw"
+    budget_s: float = 600.0
 
 
 @dataclass
@@ -162,7 +194,8 @@ class SearchConfig:
 
     Attributes:
         space: Search space: a built-in name or a YAML file.
-        data: Images: `fashion-mnist-subset` (shipped), `fake`, a folder of class folders, a list file, IDX or `.npz`.
+        data: Images: `quickstart` (a shipped part of Fashion-MNIST), `fashion-mnist`, `fake`, or a path
+            (`dataset.format`).
         lut: Latency table (`.json`, `.csv`, or the published `.pkl`); null measures one on this machine first.
         target_latency_ms: Latency that the derived network must meet, in ms; null takes the middle of the reachable
             range.
@@ -248,6 +281,9 @@ def _bounds(config: SearchConfig) -> Iterator[tuple[str, float | None, float, fl
     yield "num_classes", config.num_classes, 2, inf
     yield "resolution", config.resolution, 1, inf
     yield "image_channels", config.image_channels, 1, inf
+    yield "dataset.evaluation_batch_size", config.dataset.evaluation_batch_size, 1, inf
+    yield "dataset.padding", config.dataset.padding, 0, inf
+    yield "dataset.fake_images_per_class", config.dataset.fake_images_per_class, 2, inf
     yield "dataset.held_out_fraction", config.dataset.held_out_fraction, 0.01, 0.99
     yield "dataset.workers", config.dataset.workers, 0, 4096
     yield "weights.lr", config.weights.lr, 0, inf

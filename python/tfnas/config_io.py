@@ -89,9 +89,15 @@ def config_from_dict(values: Mapping[str, Any]) -> SearchConfig:
 
 def config_to_dict(config: SearchConfig) -> dict[str, Any]:
     """Nested plain values, complete: `config_from_dict(config_to_dict(c)) == c`."""
-    values = dataclasses.asdict(config)
-    values["architecture"]["betas"] = list(config.architecture.betas)
+    values: dict[str, Any] = _with_lists(dataclasses.asdict(config))
     return values
+
+
+def _with_lists(value: Any) -> Any:
+    """Tuples as lists, which is what YAML knows."""
+    if isinstance(value, dict):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def config_to_yaml(config: SearchConfig) -> str:

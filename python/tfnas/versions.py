@@ -7,11 +7,13 @@ from importlib import metadata
 
 import torch
 
+from tfnas_ext import __version__
+
 
 def software_versions() -> dict[str, str | None]:
     """Versions of tfnas, Python, torch, its CUDA, numpy and torchvision; None where something is not there."""
     return {
-        "tfnas": _version("tfnas-ext"),
+        "tfnas": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

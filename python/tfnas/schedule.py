@@ -1,0 +1,31 @@
+"""What changes from epoch to epoch: learning rate, temperature, and which parts of the algorithm are on."""
+
+from __future__ import annotations
+
+import math
+
+from tfnas.config import SearchConfig
+
+
+def is_warmup(config: SearchConfig, epoch: int) -> bool:
+    """Warm-up epochs train weights by the Gumbel path only: no second path, no architecture step, no scaling."""
+    return epoch < config.warmup_epochs
+
+
+def learning_rate(config: SearchConfig, epoch: int) -> float:
+    """SGD's learning rate through `epoch` (from 0): a cosine from `weights.lr` to `weights.final_lr`."""
+    weights = config.weights
+    return weights.final_lr + 0.5 * (weights.lr - weights.final_lr) * (1 + math.cos(math.pi * epoch / config.epochs))
+
+
+def temperature(config: SearchConfig, epoch: int) -> float:
+    """tau of the Gumbel softmax through `epoch` (from 0): fixed in warm-up and the epoch after it, then falling.
+
+    `exponential`: 5.0 * 0.96^n after n epochs past warm-up; `linear`: `tau_final` in the last epoch.
+    """
+    sampling = config.sampling
+    passed = max(0, epoch - config.warmup_epochs)
+    if sampling.tau_schedule == "exponential":
+        return sampling.tau * sampling.tau_decay**passed
+    last = max(1, config.epochs - 1 - config.warmup_epochs)
+    return sampling.tau + (sampling.tau_final - sampling.tau) * passed / last
