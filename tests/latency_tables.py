@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tfnas.latency.knots import searchable_ranges
 from tfnas.latency.lut import Curve, LatencyTable
 from tfnas.space import Space
 
@@ -23,13 +24,8 @@ def published_table_path(name: str = "latency_gpu.pkl") -> Path:
 def synthetic_table(space: Space, *, seed: int = 0, monotone: bool = True, base_ms: float = 1.0) -> LatencyTable:
     """A table covering `space`: latency grows with width, kernel and resolution; not monotone on request."""
     rng = np.random.default_rng(seed)
-    spans: dict = {}
-    for layer in space.layers:
-        for c in range(len(layer.candidates)):
-            low, high = spans.get(layer.key(c), (10**9, 0))
-            spans[layer.key(c)] = (min(low, layer.min_width(c)), max(high, layer.max_width(c)))
     curves = {}
-    for key, (low, high) in spans.items():
+    for key, (low, high) in searchable_ranges(space).items():
         widths = np.unique(np.r_[np.arange(low, high, max(1, (high - low) // 12)), high])
         scale = key.kernel_size * (1 + 0.2 * (key.se_channels > 0)) * rng.uniform(0.5, 1.5)
         latency_ms = 0.05 + scale * widths / widths[-1] * 0.1

@@ -6,8 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from latency_tables import synthetic_table
 from tfnas.latency.lut import Curve, LatencyTable, LatencyTableError
-from tfnas.space import OpKey
+from tfnas.space import DEPTH_SPACES, OpKey
 from tfnas.space_io import load_space
 
 KEY = OpKey(28, 40, 40, 3, 1, 0, "swish")
@@ -85,6 +86,12 @@ def test_correction_is_affine_and_checked() -> None:
     for correction in ((float("nan"), 1.0), (0.0, 0.0), (0.0, -1.0)):
         with pytest.raises(LatencyTableError, match="correction"):
             LatencyTable(1.0, {KEY: curve([1], [1.0])}, {}, correction)
+
+
+@pytest.mark.parametrize("depth_space", DEPTH_SPACES)
+def test_require_space_knows_every_depth_space(depth_space: str) -> None:
+    space = dataclasses.replace(load_space("small"), depth_space=depth_space)
+    synthetic_table(space).require_space(space)
 
 
 def test_require_space_lists_missing_keys_and_widths() -> None:

@@ -237,8 +237,9 @@ class LatencyTable:
         """Raise `LatencyTableError`, listing what is missing, unless every width of every candidate is covered."""
         wanted: dict[OpKey, set[int]] = {}
         for layer in space.layers:
-            for c in range(len(layer.candidates)):
-                wanted.setdefault(layer.key(c), set()).update(range(layer.min_width(c), layer.max_width(c) + 1))
+            for c, candidate in enumerate(layer.candidates):
+                if not candidate.is_skip:
+                    wanted.setdefault(layer.key(c), set()).update(range(layer.min_width(c), layer.max_width(c) + 1))
         missing = []
         for key, widths in wanted.items():
             if key not in self.curves:
