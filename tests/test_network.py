@@ -156,11 +156,10 @@ def test_channels_last_gives_the_same_numbers_and_layout() -> None:
     expected = net(x)
     net.to(memory_format=torch.channels_last)
     layouts = []
-    for stage in net.stages:
-        for block in stage:
-            block.register_forward_hook(
-                lambda _m, _x, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last))
-            )
+    for block in net.blocks():
+        block.register_forward_hook(
+            lambda _m, _x, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last))
+        )
     torch.testing.assert_close(net(x.to(memory_format=torch.channels_last)), expected)
     assert all(layouts)
 

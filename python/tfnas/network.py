@@ -7,6 +7,7 @@ image size, and every module works on contiguous and channels_last activations a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +169,11 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(x)))
+
+    def blocks(self) -> Iterator[MBInvRes]:
+        """Every MBInvRes in network order, the stem's fixed one first."""
+        yield self.stem.block
+        yield from (module for module in self.stages.modules() if isinstance(module, MBInvRes))
 
 
 def build_stem(space: Space, *, affine: bool = True, running_stats: bool = True, drop_connect: float = 0.0) -> Stem:
