@@ -1,0 +1,78 @@
+// Folds batch norm 1 into the expand convolution:  r1 = 1 / sqrt(w C w^T + eps),  shift = -r1 (w . mu), so
+// that h1 = r1 (W x) + shift, before the wide tensor exists. For the chosen candidate or for all of them.
+//
+// A block owns 32 rows of W (one chunk), a warp four of them; a lane owns columns lane, lane + 32, ... of t =
+// w C and adds t_j w_j over them. C streams through shared memory 16 rows at a time and is read once per
+// block: 32 rows share it, which keeps its traffic (rows / 32 x channels^2) below that of one narrow pass.
+#pragma once
+
+#include "moments.cuh"
+
+namespace tfnas {
+
+constexpr int kFoldThreads = 256;
+constexpr int kFoldRows = 4;      // of a warp
+constexpr int kFoldSlice = 16;    // rows of C staged at once
+constexpr int kFoldColumns = 10;  // of a lane: up to 320 input channels
+
+__host__ __device__ inline size_t fold_shared_elements(int channels) {
+  return static_cast<size_t>(kChunk + kFoldSlice) * channels;
+}
+
+// expand [rows, channels]; rstd, shift: by active channel. grid: chunks of the widest choice.
+template <class T, class Acc>
+__global__ void __launch_bounds__(kFoldThreads)
+    fold(const T* expand, const Acc* mean, const Acc* covariance, Acc* rstd, Acc* shift,
+         const LayerTable* table, const int* choice, int channels, double eps) {
+  TFNAS_DYN_SHARED(Acc, shared);
+  Acc *weights = shared, *slice = shared + kChunk * channels;
+  Chunk chunk;
+  if (!find_chunk(*table, chosen(choice), blockIdx.x, chunk)) return;
+  const T* rows = expand + int64_t{chunk.rows.first_row + chunk.first} * channels;
+  for (int i = threadIdx.x; i < kChunk * channels; i += kFoldThreads) {
+    weights[i] = chunk.has(i / channels) ? load_float(rows + i) : Acc(0);
+  }
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Acc* mine = weights + warp * kFoldRows * channels;
+  Acc t[kFoldRows][kFoldColumns] = {};
+  for (int k0 = 0; k0 < channels; k0 += kFoldSlice) {
+    const int depth = channels - k0 < kFoldSlice ? channels - k0 : kFoldSlice;
+    __syncthreads();
+    for (int i = threadIdx.x; i < depth * channels; i += kFoldThreads)
+      slice[i] = covariance[int64_t{k0} * channels + i];
+    __syncthreads();
+    for (int k = 0; k < depth; k++) {
+#pragma unroll
+      for (int c = 0; c < kFoldColumns; c++) {
+        if (lane + 32 * c >= channels) break;
+        const Acc value = slice[k * channels + lane + 32 * c];
+#pragma unroll
+        for (int r = 0; r < kFoldRows; r++) t[r][c] += mine[r * channels + k0 + k] * value;
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kFoldRows; r++) {
+    Acc variance = 0, projected = 0;
+#pragma unroll
+    for (int c = 0; c < kFoldColumns; c++) {
+      const int j = lane + 32 * c;
+      if (j >= channels) break;
+      variance += t[r][c] * mine[r * channels + j];
+      projected += mean[j] * mine[r * channels + j];
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+      variance += __shfl_xor_sync(~0u, variance, offset);
+      projected += __shfl_xor_sync(~0u, projected, offset);
+    }
+    const int channel = warp * kFoldRows + r;
+    if (lane == 0 && chunk.has(channel)) {
+      const Acc scale =
+          static_cast<Acc>(1.0 / sqrt((variance > 0 ? static_cast<double>(variance) : 0.0) + eps));
+      rstd[chunk.active_at + chunk.first + channel] = scale;
+      shift[chunk.active_at + chunk.first + channel] = -scale * projected;
+    }
+  }
+}
+
+}  // namespace tfnas

@@ -1,0 +1,60 @@
+// The candidates of one layer as kernels see them, and how a grid of channel chunks is laid over them.
+#pragma once
+
+#include "compat.cuh"
+
+namespace tfnas {
+
+constexpr int kMaxCandidates = 16;
+constexpr int kChunk = 32;  // mid channels that a block works on at once: one per lane in the depthwise phase
+
+// A candidate is a range of rows of the packed weights, its width a prefix of that range.
+struct CandidateRows {
+  int kernel_size;
+  int first_row;     // of the mid-first packed weights (expand, project)
+  int depthwise_at;  // first element of its depthwise filters, k * k per row
+  int width;
+  int se_channels;  // 0: no squeeze-and-excitation
+};
+
+// Lives in device memory; rebuilt by the host when widths change, which is between epochs only.
+struct LayerTable {
+  int count;
+  CandidateRows candidate[kMaxCandidates];
+};
+
+// Where one chunk lies. `active_at` counts the active channels of the candidates before it: per-channel
+// vectors and wide activations hold active channels only, candidate after candidate.
+struct Chunk {
+  CandidateRows rows;
+  int candidate;
+  int first;      // first channel of the chunk inside the candidate
+  int active_at;  // of the candidate's first channel
+  __device__ bool has(int channel) const { return first + channel < rows.width; }
+};
+
+__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The candidate to run: `choice` points to device memory (a sampled path), or is null (the mixture: all
+// candidates).
+__device__ inline int chosen(const int* choice) { return choice ? *choice : -1; }
+
+// Chunk number `q` of the chosen candidate, or of all. Returns false past the last one: grids are sized for
+// the widest.
+__device__ inline bool find_chunk(const LayerTable& layer, int choice, int q, Chunk& chunk) {
+  int active_at = 0;
+  for (int i = 0; i < layer.count; i++) {
+    if (choice >= 0 && i != choice) continue;
+    const CandidateRows rows = layer.candidate[i];
+    const int chunks = ceil_div(rows.width, kChunk);
+    if (q < chunks) {
+      chunk = {rows, i, q * kChunk, active_at};
+      return true;
+    }
+    q -= chunks;
+    active_at += rows.width;
+  }
+  return false;
+}
+
+}  // namespace tfnas
