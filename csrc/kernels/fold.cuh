@@ -19,22 +19,22 @@ __host__ __device__ inline size_t fold_shared_elements(int channels) {
   return static_cast<size_t>(kChunk + kFoldSlice) * channels;
 }
 
-// expand [rows, channels]; rstd, shift: by active channel. grid: chunks of the widest choice.
-template <class T, class Acc>
+// expand [rows, channels]; rstd, shift: per-channel vectors. grid: chunks of the widest choice.
+template <class T, class A>
 __global__ void __launch_bounds__(kFoldThreads)
-    fold(const T* expand, const Acc* mean, const Acc* covariance, Acc* rstd, Acc* shift,
-         const LayerTable* table, const int* choice, int channels, double eps) {
-  TFNAS_DYN_SHARED(Acc, shared);
-  Acc *weights = shared, *slice = shared + kChunk * channels;
+    fold(const T* expand, const A* mean, const A* covariance, A* rstd, A* shift, const LayerTable* table,
+         const int* choice, int channels, double eps) {
+  TFNAS_DYN_SHARED(A, shared);
+  A *weights = shared, *slice = shared + kChunk * channels;
   Chunk chunk;
   if (!find_chunk(*table, chosen(choice), blockIdx.x, chunk)) return;
   const T* rows = expand + int64_t{chunk.rows.first_row + chunk.first} * channels;
   for (int i = threadIdx.x; i < kChunk * channels; i += kFoldThreads) {
-    weights[i] = chunk.has(i / channels) ? load_float(rows + i) : Acc(0);
+    weights[i] = chunk.has(i / channels) ? load(rows + i) : A(0);
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Acc* mine = weights + warp * kFoldRows * channels;
-  Acc t[kFoldRows][kFoldColumns] = {};
+  const A* mine = weights + warp * kFoldRows * channels;
+  A t[kFoldRows][kFoldColumns] = {};
   for (int k0 = 0; k0 < channels; k0 += kFoldSlice) {
     const int depth = channels - k0 < kFoldSlice ? channels - k0 : kFoldSlice;
     __syncthreads();
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kFoldThreads)
 #pragma unroll
       for (int c = 0; c < kFoldColumns; c++) {
         if (lane + 32 * c >= channels) break;
-        const Acc value = slice[k * channels + lane + 32 * c];
+        const A value = slice[k * channels + lane + 32 * c];
 #pragma unroll
         for (int r = 0; r < kFoldRows; r++) t[r][c] += mine[r * channels + k0 + k] * value;
       }
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kFoldThreads)
   }
 #pragma unroll
   for (int r = 0; r < kFoldRows; r++) {
-    Acc variance = 0, projected = 0;
+    A variance = 0, projected = 0;
 #pragma unroll
     for (int c = 0; c < kFoldColumns; c++) {
       const int j = lane + 32 * c;
@@ -67,10 +67,9 @@ __global__ void __launch_bounds__(kFoldThreads)
     }
     const int channel = warp * kFoldRows + r;
     if (lane == 0 && chunk.has(channel)) {
-      const Acc scale =
-          static_cast<Acc>(1.0 / sqrt((variance > 0 ? static_cast<double>(variance) : 0.0) + eps));
-      rstd[chunk.active_at + chunk.first + channel] = scale;
-      shift[chunk.active_at + chunk.first + channel] = -scale * projected;
+      const A scale = static_cast<A>(1.0 / sqrt((variance > 0 ? static_cast<double>(variance) : 0.0) + eps));
+      rstd[chunk.vector_at + channel] = scale;
+      shift[chunk.vector_at + channel] = -scale * projected;
     }
   }
 }

@@ -23,17 +23,23 @@ struct LayerTable {
   CandidateRows candidate[kMaxCandidates];
 };
 
-// Where one chunk lies. `active_at` counts the active channels of the candidates before it: per-channel
-// vectors and wide activations hold active channels only, candidate after candidate.
+__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Wide activations hold active channels only, candidate after candidate, each [pixels, pitch]: a pitch is a
+// multiple of 8, so that any width can be read in aligned groups. What lies between width and pitch is never
+// written nor used.
+__host__ __device__ inline int pitch_of(int width) { return (width + 7) / 8 * 8; }
+
+// Where one chunk lies. Per-channel vectors are laid out like one pixel of the wide activations.
 struct Chunk {
   CandidateRows rows;
   int candidate;
   int first;      // first channel of the chunk inside the candidate
-  int active_at;  // of the candidate's first channel
+  int active_at;  // pitches of the active candidates before: the wide tensor starts at pixels * active_at
+  int vector_at;  // of the chunk's first channel in per-channel vectors
   __device__ bool has(int channel) const { return first + channel < rows.width; }
+  __device__ int valid() const { return rows.width - first < kChunk ? rows.width - first : kChunk; }
 };
-
-__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // The candidate to run: `choice` points to device memory (a sampled path), or is null (the mixture: all
 // candidates).
@@ -48,11 +54,11 @@ __device__ inline bool find_chunk(const LayerTable& layer, int choice, int q, Ch
     const CandidateRows rows = layer.candidate[i];
     const int chunks = ceil_div(rows.width, kChunk);
     if (q < chunks) {
-      chunk = {rows, i, q * kChunk, active_at};
+      chunk = {rows, i, q * kChunk, active_at, active_at + q * kChunk};
       return true;
     }
     q -= chunks;
-    active_at += rows.width;
+    active_at += pitch_of(rows.width);
   }
   return false;
 }

@@ -14,27 +14,23 @@
 // triangles.
 #pragma once
 
-#include "layer_table.cuh"
+#include "numbers.cuh"
 
 namespace tfnas {
 
 constexpr int kGramPixels = 64;  // staged at once
 constexpr int kGramThreads = 256;
 
-__device__ inline float load_float(const float* p) { return *p; }
-__device__ inline double load_float(const double* p) { return *p; }
-__device__ inline float load_float(const __nv_bfloat16* p) { return __bfloat162float(*p); }
-
 // sums [gridDim.x, channels]. grid (pixel runs, ceil(channels / 32)), block (32, 8).
-template <class T, class Acc>
+template <class T, class A>
 __global__ void __launch_bounds__(256)
-    channel_sums(const T* x, Acc* sums, int64_t pixels, int channels, int64_t run) {
-  TFNAS_SHARED(Acc, part, [8][32]);
+    channel_sums(const T* x, A* sums, int64_t pixels, int channels, int64_t run) {
+  TFNAS_SHARED(A, part, [8][32]);
   const int channel = blockIdx.y * 32 + threadIdx.x;
   const int64_t begin = blockIdx.x * run, end = begin + run < pixels ? begin + run : pixels;
-  Acc sum = 0;
+  A sum = 0;
   if (channel < channels) {
-    for (int64_t p = begin + threadIdx.y; p < end; p += 8) sum += load_float(x + p * channels + channel);
+    for (int64_t p = begin + threadIdx.y; p < end; p += 8) sum += load(x + p * channels + channel);
   }
   part[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
@@ -44,13 +40,13 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-template <class Acc>
-__global__ void finish_mean(const Acc* sums, Acc* mean, int runs, int channels, int64_t pixels) {
+template <class A>
+__global__ void finish_mean(const A* sums, A* mean, int runs, int channels, int64_t pixels) {
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   if (channel >= channels) return;
   double sum = 0;
   for (int i = 0; i < runs; i++) sum += sums[int64_t{i} * channels + channel];
-  mean[channel] = static_cast<Acc>(sum / static_cast<double>(pixels));
+  mean[channel] = static_cast<A>(sum / static_cast<double>(pixels));
 }
 
 // How `channels` are cut into square tiles of at most 64, a multiple of 4.
@@ -63,18 +59,18 @@ struct GramTiling {
   __host__ __device__ int pairs() const { return count * (count + 1) / 2; }
   __host__ __device__ int threads_per_stream() const { return (tile / 4) * (tile / 4); }
   __host__ __device__ int streams() const { return kGramThreads / threads_per_stream(); }
-  template <class Acc>
+  template <class A>
   __host__ __device__ size_t shared_bytes() const {
     const int staged = 2 * kGramPixels * tile, reduced = streams() * tile * tile;
-    return sizeof(Acc) * (staged > reduced ? staged : reduced);
+    return sizeof(A) * (staged > reduced ? staged : reduced);
   }
 };
 
 // parts [gridDim.x, pairs, tile, tile]. grid (pixel runs, pairs), block kGramThreads.
-template <class T, class Acc>
+template <class T, class A>
 __global__ void __launch_bounds__(kGramThreads)
-    gram(const T* x, const Acc* mean, Acc* parts, int64_t pixels, int channels, int64_t run) {
-  TFNAS_DYN_SHARED(Acc, shared);
+    gram(const T* x, const A* mean, A* parts, int64_t pixels, int channels, int64_t run) {
+  TFNAS_DYN_SHARED(A, shared);
   const GramTiling tiling(channels);
   const int tile = tiling.tile, side = tile / 4, per_stream = side * side, streams = tiling.streams();
   int row_tile = 0, pair = blockIdx.y;
@@ -82,20 +78,20 @@ __global__ void __launch_bounds__(kGramThreads)
   const int row0 = row_tile * tile, col0 = (row_tile + pair) * tile;
   const int stream = threadIdx.x / per_stream, at = threadIdx.x % per_stream, i0 = at / side * 4,
             j0 = at % side * 4;
-  Acc *rows = shared, *cols = shared + kGramPixels * tile;
+  A *rows = shared, *cols = shared + kGramPixels * tile;
   const int64_t begin = blockIdx.x * run, end = begin + run < pixels ? begin + run : pixels;
-  Acc sum[4][4] = {};
+  A sum[4][4] = {};
   for (int64_t p0 = begin; p0 < end; p0 += kGramPixels) {
     for (int i = threadIdx.x; i < kGramPixels * tile; i += kGramThreads) {
       const int64_t p = p0 + i / tile;
       const int r = row0 + i % tile, c = col0 + i % tile;
-      rows[i] = p < end && r < channels ? load_float(x + p * channels + r) - mean[r] : Acc(0);
-      cols[i] = p < end && c < channels ? load_float(x + p * channels + c) - mean[c] : Acc(0);
+      rows[i] = p < end && r < channels ? load(x + p * channels + r) - mean[r] : A(0);
+      cols[i] = p < end && c < channels ? load(x + p * channels + c) - mean[c] : A(0);
     }
     __syncthreads();
     if (stream < streams) {
       for (int p = stream; p < kGramPixels; p += streams) {
-        const Acc *a = rows + p * tile + i0, *b = cols + p * tile + j0;
+        const A *a = rows + p * tile + i0, *b = cols + p * tile + j0;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
 #pragma unroll
@@ -111,18 +107,18 @@ __global__ void __launch_bounds__(kGramThreads)
     }
   }
   __syncthreads();
-  Acc* out = parts + (int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * tile * tile;
+  A* out = parts + (int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * tile * tile;
   for (int i = threadIdx.x; i < tile * tile; i += kGramThreads) {
-    Acc total = 0;
+    A total = 0;
     for (int s = 0; s < streams; s++) total += shared[s * tile * tile + i];
     out[i] = total;
   }
 }
 
 // covariance [channels, channels]. grid (ceil(tile * tile / 256), pairs), block 256.
-template <class Acc>
+template <class A>
 __global__ void __launch_bounds__(256)
-    finish_gram(const Acc* parts, Acc* covariance, int runs, int channels, int64_t pixels) {
+    finish_gram(const A* parts, A* covariance, int runs, int channels, int64_t pixels) {
   const GramTiling tiling(channels);
   const int tile = tiling.tile, i = blockIdx.x * 256 + threadIdx.x;
   if (i >= tile * tile) return;
@@ -132,7 +128,7 @@ __global__ void __launch_bounds__(256)
   if (r >= channels || c >= channels) return;
   double sum = 0;
   for (int k = 0; k < runs; k++) sum += parts[(int64_t{k} * gridDim.y + blockIdx.y) * tile * tile + i];
-  const Acc value = static_cast<Acc>(sum / static_cast<double>(pixels));
+  const A value = static_cast<A>(sum / static_cast<double>(pixels));
   covariance[int64_t{r} * channels + c] = value;
   if (pair > 0)
     covariance[int64_t{c} * channels + r] = value;  // a tile on the diagonal holds both triangles itself

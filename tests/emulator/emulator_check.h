@@ -1,6 +1,7 @@
 // What every emulator test shares: seeded data, the three thread orders, comparison with a float64 result.
 #pragma once
 
+#include <array>
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -38,10 +39,12 @@ class Random {
   std::mt19937 generator_;
 };
 
-// Largest error relative to the largest expected value; a NaN never passes.
+// Largest error relative to the largest expected value, or to `least_scale` where what is expected cancels to
+// less than the values it was made of. A NaN never passes.
 template <class A, class B>
-void expect_close(const char* what, const A& got, const B& expected, double tolerance) {
-  double error = 0, scale = 1e-30;
+void expect_close(const char* what, const A& got, const B& expected, double tolerance,
+                  double least_scale = 1e-30) {
+  double error = 0, scale = least_scale;
   for (size_t i = 0; i < expected.size(); i++) {
     const double e = std::fabs(to_double(got[i]) - to_double(expected[i]));
     if (!(e <= error)) error = e;

@@ -54,8 +54,10 @@ void check(const char* name, int64_t pixels, int channels, int64_t run, double o
   const std::vector<T> expand = random.normal<T>(rows * channels, 1 / std::sqrt(channels));
   for (int choice = -1; choice < table.count; choice++) {
     std::vector<double> rstd, shift;
+    int active = 0;  // candidates start at multiples of 8
     for (int i = 0; i < table.count; i++) {
       if (choice >= 0 && i != choice) continue;
+      rstd.resize(active, 0), shift.resize(active, 0);
       for (int c = 0; c < table.candidate[i].width; c++) {
         const T* w = expand.data() + (table.candidate[i].first_row + c) * channels;
         double variance = 0, projected = 0;
@@ -68,6 +70,7 @@ void check(const char* name, int64_t pixels, int channels, int64_t run, double o
         rstd.push_back(1 / std::sqrt(variance + eps));
         shift.push_back(-projected / std::sqrt(variance + eps));
       }
+      active += tfnas::pitch_of(table.candidate[i].width);
     }
     std::vector<Acc> got_rstd(rstd.size()), got_shift(rstd.size());
     const T* expand_data = expand.data();
