@@ -1,0 +1,114 @@
+"""The two steps of the bi-level search: one of the weights (Eq. 8), one of the architecture parameters (Eq. 7).
+
+Neither reads a value back from the device: everything they return is a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .supernet import Supernet
+
+
+class WeightStep(NamedTuple):
+    """What the sampled paths gave before the step: `losses` [P], `correct` [P] (counts), gradient `norm` (0-d)."""
+
+    losses: Tensor
+    correct: Tensor
+    norm: Tensor
+
+
+class ArchitectureStep(NamedTuple):
+    """What the mixture gave before the step, all 0-d; the objective is `cross_entropy` + `latency_term`."""
+
+    cross_entropy: Tensor
+    latency_term: Tensor
+    correct: Tensor
+    norm: Tensor
+
+
+def weight_step(
+    supernet: Supernet,
+    images: Tensor,
+    labels: Tensor,
+    choices: Tensor,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-5,
+    max_norm: float = 5.0,
+) -> WeightStep:
+    """One SGD step on the sum of the sampled paths' cross entropies, with one backward (Eq. 8).
+
+    Gradients of all sampled weights, stem and head together are clipped at the norm `max_norm`. Weights that no path
+    uses, channels beyond a width, and architecture parameters stay as they are, their momentum too.
+
+    Args:
+        images: [N, C, H, W], floating point, on the supernet's device.
+        labels: int64 [N].
+        choices: int64 [P, L], a candidate for each layer of each path (`tfnas_ext.sampling.sample_paths`).
+        lr, momentum, weight_decay, max_norm: of SGD as in PyTorch, and of the clipping.
+    """
+    logits = supernet.forward_paths(images, choices)
+    losses = torch.stack([F.cross_entropy(path, labels) for path in logits])
+    dense = supernet.dense_parameters()
+    grads = torch.autograd.grad(losses.sum(), dense)
+    rows = [(p.detach(), g, m) for p, g, m in zip(dense, grads, supernet.dense_momenta(), strict=True)]
+    norm = supernet.engine.clip_and_sgd_(lr, momentum, weight_decay, max_norm, rows)
+    correct = torch.stack([_correct(path, labels) for path in logits])
+    return WeightStep(losses.detach(), correct, norm)
+
+
+def architecture_step(
+    supernet: Supernet,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    u: Tensor,
+    latency_term: Callable[[Tensor, Tensor], Tensor],
+    *,
+    max_norm: float = 5.0,
+) -> ArchitectureStep:
+    """One step of `optimizer` on cross entropy of the mixture + latency term, with respect to alpha and beta (Eq. 7).
+
+    The gradient of both together is clipped at the norm `max_norm`; afterwards they are log-probabilities again. No
+    weight changes.
+
+    Args:
+        optimizer: of `supernet.architecture_parameters()`.
+        images, labels: held-out data, as for `weight_step`.
+        u: [L, C], the mixture's weights as a differentiable function of `supernet.log_alpha`, with fresh noise
+            (`tfnas_ext.sampling.gumbel_softmax_weights`, Eq. 3).
+        latency_term: maps u and v (`Supernet.depth_weights`) to lambda * C(LAT), 0-d and differentiable.
+    """
+    v = supernet.depth_weights()
+    logits = supernet.forward_mixture(images, u, v)
+    cross_entropy = F.cross_entropy(logits, labels)
+    latency = latency_term(u, v)
+    parameters = supernet.architecture_parameters()
+    grads = torch.autograd.grad(cross_entropy + latency, parameters, allow_unused=True, materialize_grads=True)
+    masks = (supernet.alpha_mask, supernet.beta_mask)
+    for parameter, grad, mask in zip(parameters, grads, masks, strict=True):
+        parameter.grad = grad
+        # -inf has no place in Adam's moments or in weight decay; renormalize_ puts it back
+        parameter.data.masked_fill_(~mask, 0)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+    supernet.renormalize_()
+    optimizer.zero_grad(set_to_none=True)
+    return ArchitectureStep(cross_entropy.detach(), latency.detach(), _correct(logits, labels), norm)
+
+
+@torch.no_grad()
+def evaluation_step(supernet: Supernet, images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
+    """Right answers, int64 [P], of the networks that `choices` [P, L] names; nothing changes."""
+    return torch.stack([_correct(path, labels) for path in supernet.forward_paths(images, choices)])
+
+
+def _correct(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.detach().argmax(1) == labels).sum()
