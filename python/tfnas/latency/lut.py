@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from tfnas.space import OpKey, Space
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+Milliseconds = TypeVar("Milliseconds", float, FloatArray)
 
 CURVE_KINDS = ("linear", "sawtooth", "steps")
 _LISTED = 8
@@ -223,8 +224,8 @@ class LatencyTable:
         """Uncorrected latency in ms of block `key` at one width; errors as `latencies_ms`."""
         return float(self.latencies_ms(key, np.asarray(width)))
 
-    def total_ms(self, sum_ms: float) -> float:
-        """Latency in ms of a whole network whose base and blocks sum to `sum_ms`: offset + slope * sum."""
+    def total_ms(self, sum_ms: Milliseconds) -> Milliseconds:
+        """Latency in ms of whole networks whose base and blocks sum to `sum_ms`: offset + slope * sum."""
         offset_ms, slope = self.correction
         return offset_ms + slope * sum_ms
 
