@@ -79,7 +79,8 @@ def labelled_arrays(
     """Check a pair of arrays; `where` names the two for messages. Without names the classes are `0..largest label`."""
     pixels = to_pixels(images, where[0], channels)
     checked = to_labels(labels, where[1], len(pixels))
+    # Without names, more classes than images cannot all have one: a stray label must not make a billion of them.
+    check_labels(checked, where[1], len(checked) if class_names is None else len(class_names))
     if class_names is None:
-        class_names = tuple(str(i) for i in range(max(int(checked.max()), 0) + 1))
-    check_labels(checked, where[1], len(class_names))
+        class_names = tuple(str(i) for i in range(int(checked.max()) + 1))
     return Labelled(ArrayImages(pixels), checked, class_names)

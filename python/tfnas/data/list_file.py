@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tfnas.data.arrays import check_labels
 from tfnas.data.errors import DataError, shown
 from tfnas.data.images import FileImages, Labelled
 
@@ -50,6 +50,8 @@ def read_list(
     if not lines:
         raise DataError(f"{shown(path)}: expected lines of `path label`, got none")
     base = path.parent if root is None else root
+    # More classes than images cannot all have one; a mistyped label must not make a billion of them.
+    classes = _Classes(mapping, num_classes or len(lines))
     paths: list[str] = []
     labels: list[int] = []
     for number, line in lines:
@@ -57,23 +59,36 @@ def read_list(
         if len(parts) != 2:
             raise DataError(f"{shown(path)}, line {number}: expected `path label`, got {shown(line)!r}")
         paths.append(os.path.join(base, parts[0]))
-        labels.append(_class_of(parts[1], mapping, f"{shown(path)}, line {number}"))
-    checked = np.array(labels, dtype=np.int64)
+        labels.append(classes.of(parts[1], f"{shown(path)}, line {number}"))
     if mapping is not None:
         names = tuple(name for _, name in sorted(mapping.values()))
     else:
-        names = tuple(str(i) for i in range(num_classes or int(checked.max()) + 1))
-    check_labels(checked, shown(path), len(names))
-    return Labelled(FileImages.of(paths), checked, names)
+        names = tuple(str(i) for i in range(num_classes or max(labels) + 1))
+    return Labelled(FileImages.of(paths), np.array(labels, dtype=np.int64), names)
 
 
-def _class_of(label: str, mapping: dict[str, tuple[int, str]] | None, where: str) -> int:
-    if mapping is not None:
-        if label not in mapping:
-            raise DataError(f"{where}: expected a label of the label map ({len(mapping)} labels), got {shown(label)}")
-        return mapping[label][0]
-    if not (label.isascii() and label.isdigit()):
-        raise DataError(
-            f"{where}: expected a whole number from 0 as label, got {shown(label)}; give a label_map for names"
-        )
-    return int(label)
+@dataclass(frozen=True)
+class _Classes:
+    """From a label's text to its class."""
+
+    mapping: dict[str, tuple[int, str]] | None
+    limit: int
+
+    def of(self, label: str, where: str) -> int:
+        if self.mapping is not None:
+            if label not in self.mapping:
+                raise DataError(
+                    f"{where}: expected a label of the label map ({len(self.mapping)} labels), got {shown(label)}"
+                )
+            return self.mapping[label][0]
+        if not (label.isascii() and label.isdigit()):
+            raise DataError(
+                f"{where}: expected a whole number from 0 as label, got {shown(label)}; give a label_map for names"
+            )
+        # Compared by length first: Python refuses to convert thousands of digits.
+        if len(label) > 18 or int(label) >= self.limit:
+            raise DataError(
+                f"{where}: expected a label in 0..{self.limit - 1}, got {label[:20]}; number the classes from 0 "
+                "without gaps, or correct num_classes"
+            )
+        return int(label)

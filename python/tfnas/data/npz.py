@@ -25,25 +25,30 @@ def read_npz(path: Path) -> tuple[Pair, Pair | None, tuple[str, ...] | None]:
     `x_test`, `y_test`, or `images`, `labels`), optionally `class_names`. Pickled objects are never loaded.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{shown(path)}: expected an .npz archive, got a single array")
-            train = _pair(archive, path, "train")
-            if train is None:
-                expected = " or ".join(" + ".join(pair) for pair in _NAMES["train"])
-                raise DataError(f"{shown(path)}: expected arrays {expected}, got {', '.join(archive.files) or 'none'}")
-            names = _member(archive, path, "class_names") if "class_names" in archive.files else None
-            if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
-                raise DataError(
-                    f"{shown(path)}: class_names: expected a list of strings, got {names.dtype} {list(names.shape)}"
-                )
-            return train, _pair(archive, path, "test"), None if names is None else tuple(str(name) for name in names)
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"{shown(path)}: expected an .npz archive, got a single array")
+        with archive:
+            return _contents(archive, path)
     except DataError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError) as error:
         raise DataError(f"{shown(path)}: expected a whole .npz archive of plain arrays, got: {error}") from error
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror or error}") from error
+
+
+def _contents(archive: np.lib.npyio.NpzFile, path: Path) -> tuple[Pair, Pair | None, tuple[str, ...] | None]:
+    train = _pair(archive, path, "train")
+    if train is None:
+        expected = " or ".join(" + ".join(pair) for pair in _NAMES["train"])
+        raise DataError(f"{shown(path)}: expected arrays {expected}, got {', '.join(archive.files) or 'none'}")
+    names = _member(archive, path, "class_names") if "class_names" in archive.files else None
+    if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
+        raise DataError(
+            f"{shown(path)}: class_names: expected a list of strings, got {names.dtype} {list(names.shape)}"
+        )
+    return train, _pair(archive, path, "test"), None if names is None else tuple(str(name) for name in names)
 
 
 def _pair(archive: np.lib.npyio.NpzFile, path: Path, part: str) -> Pair | None:
@@ -60,6 +65,6 @@ def _member(archive: np.lib.npyio.NpzFile, path: Path, name: str) -> NDArray[np.
         return archive[name]
     except ValueError as error:
         raise DataError(
-            f"{shown(path)}: {name}: expected a plain array, got one that cannot be read without pickle ({error}); "
-            "save it with a number or string dtype"
+            f"{shown(path)}: {name}: expected a plain array of numbers or strings (pickled objects are never loaded), "
+            f"got: {error}"
         ) from error
