@@ -17,6 +17,9 @@ __global__ void __launch_bounds__(32 * kStatsGroups)
     finish_stats(const A* partial, A* mean, A* rstd, int rows, int channels, int64_t count, double eps) {
   TFNAS_SHARED(double, part, [kStatsGroups][2][32]);
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32, channel = blockIdx.x * 32 + lane;
+  partial += int64_t{2} * blockIdx.y * rows * channels;
+  mean += int64_t{blockIdx.y} * channels;
+  rstd += int64_t{blockIdx.y} * channels;
   double sum = 0, squares = 0;
   if (channel < channels) {
 #pragma unroll 8

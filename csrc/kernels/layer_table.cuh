@@ -14,7 +14,11 @@ struct CandidateRows {
   int first_row;     // of the mid-first packed weights (expand, project)
   int depthwise_at;  // first element of its depthwise filters, k * k per row
   int width;
-  int se_channels;  // 0: no squeeze-and-excitation
+  int se_channels;   // 0: no squeeze-and-excitation, and the offsets below mean nothing
+  int se_weight_at;  // first element of its se_reduce_weight and se_expand_weight, [rows, se_channels] both
+  int se_reduce_bias_at;  // first element of its se_reduce_bias; also its place among the squeezed values of
+                          // an image
+  int se_expand_bias_at;
 };
 
 // Lives in device memory; rebuilt by the host when widths change, which is between epochs only.
@@ -58,6 +62,19 @@ __device__ inline bool find_chunk(const LayerTable& layer, int choice, int q, Ch
       return true;
     }
     q -= chunks;
+    active_at += pitch_of(rows.width);
+  }
+  return false;
+}
+
+// The active candidate number `index` of the grid, and where its channels start in per-channel vectors.
+__device__ inline bool find_active(const LayerTable& layer, int choice, int index, CandidateRows& rows,
+                                   int& active_at) {
+  active_at = 0;
+  for (int i = 0; i < layer.count; i++) {
+    if (choice >= 0 && i != choice) continue;
+    rows = layer.candidate[i];
+    if (index-- == 0) return true;
     active_at += pitch_of(rows.width);
   }
   return false;

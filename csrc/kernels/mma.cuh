@@ -188,6 +188,19 @@ __device__ inline void put4(typename Operand<T, M>::Word* row, int k, const Acc<
   }
 }
 
+// Writes one operand word from the one or two values that it holds.
+template <class T, Math M>
+__device__ inline void put_word(typename Operand<T, M>::Word* word,
+                                const Acc<T> (&v)[Operand<T, M>::kPerWord]) {
+  if constexpr (M == Math::kBf16) {
+    *word = pack_bf16(v[0], v[1]);
+  } else if constexpr (sizeof(Acc<T>) == 8) {
+    *word = v[0];
+  } else {
+    *word = M == Math::kTf32 ? round_to_tf32(v[0]) : __float_as_uint(v[0]);
+  }
+}
+
 __device__ inline float word_value(unsigned word) { return __uint_as_float(word); }
 __device__ inline double word_value(double word) { return word; }
 

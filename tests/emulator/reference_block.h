@@ -17,12 +17,16 @@ struct Shape {
 
 inline tfnas::LayerTable make_table(const std::vector<std::array<int, 3>>& kernel_width_se) {
   tfnas::LayerTable table{};
-  int row = 0, filter = 0;
+  int row = 0, filter = 0, se_weight = 0, se_reduce_bias = 0, se_expand_bias = 0;
   for (const auto& [kernel, width, se] : kernel_width_se) {
-    table.candidate[table.count++] = {kernel, row, filter, width, se};
+    table.candidate[table.count++] = {kernel, row,       filter,         width,
+                                      se,     se_weight, se_reduce_bias, se_expand_bias};
     const int max_width = width + 3;  // rows beyond the width hold values that must not be used
     row += max_width;
     filter += max_width * kernel * kernel;
+    se_weight += max_width * se;
+    se_reduce_bias += se;
+    se_expand_bias += se ? max_width : 0;
   }
   return table;
 }
@@ -47,6 +51,12 @@ class ReferenceBlock {
     expand = random.normal<A>(int64_t{all_rows} * shape.in_channels, 1 / std::sqrt(shape.in_channels));
     depthwise = random.normal<A>(filters, 0.4);
     project = random.normal<A>(int64_t{all_rows} * shape.out_channels, 1 / std::sqrt(32.0));
+    const auto& last = table.candidate[table.count - 1];
+    squeezed_stride = last.se_reduce_bias_at + last.se_channels;
+    const int se_weights = last.se_weight_at + (last.width + 3) * last.se_channels;
+    reduce_weight = random.normal<A>(se_weights, 0.3), expand_weight = random.normal<A>(se_weights, 0.3);
+    reduce_bias = random.normal<A>(squeezed_stride), expand_bias = random.normal<A>(all_rows);
+    for (size_t k = 0; k < chosen.size(); k++) u.push_back(choice < 0 ? 0.1 * (k + 1) : 1);
   }
 
   // Batch norm 1 from the wide tensor itself; then the tensor after the depthwise convolution and its
@@ -84,6 +94,71 @@ class ReferenceBlock {
       mean2[v] = sum / shape.out_pixels();
       rstd2[v] = 1 / std::sqrt(squares / shape.out_pixels() - mean2[v] * mean2[v] + eps);
     });
+  }
+
+  // From y2: gates, y3 and its statistics, the mixture's output without residual.
+  void forward_from_y2() {
+    const int64_t pixels = shape.out_pixels(), map = pixels / shape.batch;
+    pooled.assign(shape.batch * active, 0), gate.assign(shape.batch * active, 1);
+    squeezed.assign(shape.batch * squeezed_stride, 0);
+    h2.assign(y2.size(), 0), z.assign(y2.size(), 0);
+    for_each_channel([&](int k, const tfnas::CandidateRows&, int c) {
+      for (int64_t p = 0; p < pixels; p++) {
+        const int v = active_at[k] + c;
+        const int64_t at = wide(k, c, p, pixels);
+        h2[at] = (y2[at] - mean2[v]) * rstd2[v];
+        pooled[p / map * active + v] += activate(h2[at]) / map;
+      }
+    });
+    for (size_t k = 0; k < chosen.size(); k++) {
+      const auto& rows = table.candidate[chosen[k]];
+      const int se = rows.se_channels;
+      for (int n = 0; n < shape.batch && se > 0; n++) {
+        double* t = &squeezed[n * squeezed_stride + rows.se_reduce_bias_at];
+        for (int j = 0; j < se; j++) {
+          t[j] = to_double(reduce_bias[rows.se_reduce_bias_at + j]);
+          for (int c = 0; c < rows.width; c++) {
+            t[j] += to_double(reduce_weight[rows.se_weight_at + c * se + j]) *
+                    pooled[n * active + active_at[k] + c];
+          }
+        }
+        for (int c = 0; c < rows.width; c++) {
+          double s = to_double(expand_bias[rows.se_expand_bias_at + c]);
+          for (int j = 0; j < se; j++)
+            s += to_double(expand_weight[rows.se_weight_at + c * se + j]) * activate(t[j]);
+          gate[n * active + active_at[k] + c] = 1 / (1 + std::exp(-s));
+        }
+      }
+    }
+    const int outs = shape.out_channels, slots = static_cast<int>(chosen.size());
+    y3.assign(slots * pixels * outs, 0), h3 = y3;
+    mean3.assign(slots * outs, 0), rstd3.assign(slots * outs, 0), out.assign(pixels * outs, 0);
+    for_each_channel([&](int k, const tfnas::CandidateRows& rows, int c) {
+      for (int64_t p = 0; p < pixels; p++) {
+        const int64_t at = wide(k, c, p, pixels);
+        z[at] = activate(h2[at]) * gate[p / map * active + active_at[k] + c];
+        for (int o = 0; o < outs; o++) {
+          y3[(k * pixels + p) * outs + o] +=
+              z[at] * to_double(project[int64_t{rows.first_row + c} * outs + o]);
+        }
+      }
+    });
+    for (int k = 0; k < slots; k++) {
+      for (int o = 0; o < outs; o++) {
+        double mean = 0, square = 0;
+        for (int64_t p = 0; p < pixels; p++) mean += y3[(k * pixels + p) * outs + o] / pixels;
+        for (int64_t p = 0; p < pixels; p++) {
+          const double d = y3[(k * pixels + p) * outs + o] - mean;
+          square += d * d / pixels;
+        }
+        mean3[k * outs + o] = mean, rstd3[k * outs + o] = 1 / std::sqrt(square + eps);
+        for (int64_t p = 0; p < pixels; p++) {
+          const int64_t at = (k * pixels + p) * outs + o;
+          h3[at] = (y3[at] - mean) * rstd3[k * outs + o];
+          out[p * outs + o] += u[k] * h3[at];
+        }
+      }
+    }
   }
 
   double activate(double h) const { return tfnas::activate(shape.act, h); }
@@ -141,11 +216,12 @@ class ReferenceBlock {
   const int choice;
   Random random;
   const double eps = 1e-5;
-  int all_rows = 0, filters = 0, active = 0;
+  int all_rows = 0, filters = 0, active = 0, squeezed_stride = 0;
   std::vector<int> chosen, active_at;
   std::vector<T> x;
-  std::vector<A> expand, depthwise, project;
-  std::vector<double> rstd1, shift1, h1, y2, mean2, rstd2;
+  std::vector<A> expand, depthwise, project, reduce_weight, reduce_bias, expand_weight, expand_bias;
+  std::vector<double> u, rstd1, shift1, h1, y2, mean2, rstd2;
+  std::vector<double> pooled, squeezed, gate, h2, z, y3, mean3, rstd3, h3, out;
 };
 
 template <class To>

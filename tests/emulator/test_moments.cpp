@@ -48,7 +48,7 @@ void check(const char* name, int64_t pixels, int channels, int64_t run, double o
 
   // Three candidates of odd widths; the mixture (all of them), then each alone through a choice in device
   // memory.
-  const tfnas::LayerTable table{3, {{3, 0, 0, 33, 0}, {5, 40, 360, 1, 0}, {3, 41, 385, 70, 0}}};
+  const tfnas::LayerTable table{3, {{3, 0, 0, 33}, {5, 40, 360, 1}, {3, 41, 385, 70}}};
   const int rows = 41 + 75;
   const double eps = 1e-5;
   const std::vector<T> expand = random.normal<T>(rows * channels, 1 / std::sqrt(channels));
