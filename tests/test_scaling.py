@@ -76,7 +76,7 @@ def algorithm_1(arch: Architecture, table: LatencyTable, target_ms: float) -> tu
 
 
 @pytest.mark.parametrize("monotone", [True, False])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_equals_algorithm_1_in_exact_arithmetic(seed: int, monotone: bool) -> None:
     rng = np.random.default_rng(seed)
     space = tiny_space(stages=3)
@@ -196,16 +196,18 @@ def test_reachable_range_is_that_of_all_networks(depth_space: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_refining_only_comes_closer(seed: int) -> None:
+def test_refining_comes_closer_from_below(seed: int) -> None:
     rng = np.random.default_rng(seed)
     space = load_space("small")
     table = synthetic_table(space, seed=seed, monotone=False)
     arch = random_architecture(space, rng)
+    low, _ = architecture_range_ms(arch, table)
     target_ms = table.architecture_ms(arch) * rng.uniform(1.0, 1.05)
     refined = refine_widths(arch, table, target_ms)
     assert table.architecture_ms(arch) <= table.architecture_ms(refined) <= target_ms
-    above = refine_widths(arch, table, 0.99 * table.architecture_ms(arch))
-    assert above == arch
+    between_ms = low + 0.5 * (table.architecture_ms(arch) - low)
+    assert low < table.architecture_ms(refine_widths(arch, table, between_ms)) <= between_ms
+    assert refine_widths(arch, table, 0.99 * low) == arch
 
 
 @pytest.mark.parametrize("target", [0.0, -1.0, math.nan, math.inf])

@@ -76,13 +76,20 @@ def refine_widths(arch: Architecture, table: LatencyTable, target_latency_ms: fl
 
     Scaling all widths alike can stop short of the target where a curve jumps. In sweeps from the last layer to the
     first, a layer takes the width that brings the network's latency closest to the target without exceeding it, until a
-    sweep changes nothing. A network above the target, or one that cannot come closer, is returned as it is.
+    sweep changes nothing. A network above the target starts from the widths of least latency; where these are above it
+    too, or nothing comes closer, the network is returned as it is. Errors as for `fit_widths`.
     """
     check_target(target_latency_ms)
     layers = [_ElasticLayer.of(layer, op, table) for layer, op in arch.layers()]
     widths = [op.width for _, op in arch.layers()]
     best_ms = _latency_ms(layers, widths, table)
-    improved = best_ms <= target_latency_ms
+    if best_ms > target_latency_ms:
+        fastest = [layer.min_width + int(np.argmin(layer.latency_ms)) for layer in layers]
+        best_ms = _latency_ms(layers, fastest, table)
+        if best_ms > target_latency_ms:
+            return arch
+        widths = fastest
+    improved = True
     while improved:
         improved = False
         for n in reversed(range(len(layers))):
