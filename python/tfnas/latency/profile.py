@@ -18,19 +18,21 @@ from typing import Any
 import numpy as np
 
 from tfnas.architecture import Architecture
-from tfnas.latency.additivity import FloatArray, additivity_report, fit_correction, random_architectures
+from tfnas.latency.additivity import FITTING, FloatArray, additivity_report, fit_correction, random_architectures
 from tfnas.latency.chain import ChainTimer
 from tfnas.latency.chain_profiler import ChainProfiler
 from tfnas.latency.conditions import make_engine, make_timer
 from tfnas.latency.engine import Conditions, Engine
 from tfnas.latency.header import describe_conditions
-from tfnas.latency.lut import Curve, LatencyTable
-from tfnas.latency.measurements import Config, Measurements
-from tfnas.space import OpKey, Space
+from tfnas.latency.knots import KnotPlacement, searchable_ranges
+from tfnas.latency.lut import LatencyTable
+from tfnas.latency.measurements import Measurements
+from tfnas.space import Space
 from tfnas_ext.timing import StopRule
 from tfnas_ext.timing_host import pinned_threads, set_allocator
 
 _WIDTHS_SHARE = 0.75  # of the budget; the rest measures whole networks
+_ROUND_SHARE = 0.4  # of what is left of that, for one round of widths
 _SAVE_EVERY_S = 5.0
 
 
@@ -42,14 +44,14 @@ class NoisyMachineWarning(UserWarning):
 class ProfileOptions:
     """How to build a table. Times in seconds, shares as fractions.
 
-    `budget_s` bounds the whole build (a resumed one: what is left of it); every curve gets its ends and its middle
-    whatever the budget. `tolerance` is the interpolation error that makes a curve's interval be split, `half_width`
+    `budget_s` bounds the whole build (a resumed one: what is left of it); every curve gets both its ends whatever the
+    budget. `tolerance` is the interpolation error that makes a curve's interval be split, `half_width`
     the precision of each median (95 %), `noise_limit` the median precision above which the machine counts as noisy.
     """
 
     conditions: Conditions = field(default_factory=Conditions)
     budget_s: float = 240.0
-    tolerance: float = 0.025
+    tolerance: float = 0.02
     half_width: float = 0.01
     noise_limit: float = 0.03
     min_samples: int = 8
@@ -65,6 +67,11 @@ class ProfileOptions:
         for name, least in (("min_samples", 3), ("max_samples", self.min_samples), ("fit_architectures", 3)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    @property
+    def period(self) -> int:
+        """Width alignment that may run faster: 16 floats fill a vector; channels-last loops also like half of one."""
+        return 16 if self.conditions.layout == "nchw" else 8
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class _Build:
         self.start_s = now_s()
         self.saved_s = self.start_s
         self.rule = StopRule(options.half_width, options.min_samples, options.max_samples, options.budget_s)
-        self.ranges = width_ranges(space)
+        self.ranges = searchable_ranges(space)
         self.profiler = ChainProfiler(space, engine, timer, self.data, seed=options.seed, now_s=now_s)
 
     @property
@@ -147,7 +154,7 @@ class _Build:
             archs, whole_ms = self._measure_networks()
         finally:
             self._keep()  # Ctrl-C loses nothing
-        table = LatencyTable(self._base_ms(), self._curves())
+        table = LatencyTable(self._base_ms(), self._placement().curves())
         sums_ms = np.array([table.architecture_ms(arch) for arch in archs])
         correction = fit_correction(sums_ms, whole_ms)
         additivity = additivity_report(sums_ms, whole_ms, correction)
@@ -174,48 +181,36 @@ class _Build:
         return replace(table, header=header, correction=correction)
 
     def _measure_widths(self) -> None:
-        plan: list[Config] = [(key, w) for key, (lo, hi) in self.ranges.items() for w in first_widths(lo, hi)]
         share = 0.0
-        while plan:
-            share += (_WIDTHS_SHARE - share) * 0.6
+        while True:
+            room = self.options.max_widths - len(self.data.blocks)
+            plan = self._placement().wanted()
+            ends = [config for config in plan if config[1] in self.ranges[config[0]]]
+            plan = plan[: max(room, 0)] or ends
+            share += (_WIDTHS_SHARE - share) * _ROUND_SHARE
+            late = self.now_s() >= self.deadline_s(_WIDTHS_SHARE)
+            if not plan or (late and not ends):
+                break
             self.profiler.measure(plan, self.rule, self.deadline_s(share), tick=self._tick)
             self._keep()
-            if self.now_s() >= self.deadline_s(_WIDTHS_SHARE):
-                break
-            plan = self._refinement()
 
-    def _refinement(self) -> list[Config]:
-        drift = self.data.reference.drift()
-        room = self.options.max_widths - len(self.data.blocks)
-        wanted: list[tuple[float, Config]] = []
-        for key in self.ranges:
-            for error, width in split_widths(self.data.medians(key, drift), self.options.tolerance):
-                wanted.append((error, (key, width)))
-        wanted.sort(key=lambda item: -item[0])
-        return [config for _, config in wanted[: max(0, room)]]
+    def _placement(self) -> KnotPlacement:
+        """Where to measure next, by everything measured so far."""
+        placement = KnotPlacement(self.ranges, tolerance=self.options.tolerance, period=self.options.period)
+        drift = self.data.reference.drift() if self.data.blocks else np.ones((0, 0))
+        for key, width in self.data.blocks:
+            samples = self.data.samples((key, width), drift)
+            placement.record(key, width, samples.median_ms, rel_stdev=samples.rel_spread, samples=samples.count)
+        return placement
 
     def _base_ms(self) -> float:
         stem, head = self.data.base_samples(self.data.reference.drift())
         return stem.median_ms + head.median_ms
 
-    def _curves(self) -> dict[OpKey, Curve]:
-        drift = self.data.reference.drift()
-        curves: dict[OpKey, Curve] = {}
-        for key in self.ranges:
-            widths = sorted(w for k, w in self.data.blocks if k == key)
-            samples = [self.data.samples((key, w), drift) for w in widths]
-            curves[key] = Curve(
-                np.array(widths),
-                np.array([s.median_ms for s in samples]),
-                np.array([s.rel_stdev for s in samples]),
-                np.array([s.count for s in samples]),
-            )
-        return curves
-
     def _measure_networks(self) -> tuple[list[Architecture], FloatArray]:
         """Random architectures and their measured totals in ms."""
         self._report("additivity", _WIDTHS_SHARE)
-        archs = random_architectures(self.space, self.options.fit_architectures, seed=self.options.seed + 1)
+        archs = random_architectures(self.space, self.options.fit_architectures, seed=(self.options.seed, FITTING))
         networks = [self.engine.network(arch) for arch in archs]
         measured = self.profiler.measure_networks(networks, self.rule, self.deadline_s(1.0))
         return archs, np.array([s.median_ms for s in measured])
@@ -251,41 +246,6 @@ class _Build:
         if self.progress is not None:
             left = max(0.0, self.options.budget_s - self.spent_s)
             self.progress(Progress(phase, len(self.data.blocks), min(1.0, share), 0.0 if phase == "done" else left))
-
-
-def width_ranges(space: Space) -> dict[OpKey, tuple[int, int]]:
-    """The widths a table must cover, [lo, hi] per curve, over all candidates and layers that share it."""
-    ranges: dict[OpKey, tuple[int, int]] = {}
-    for layer in space.layers:
-        for c, candidate in enumerate(layer.candidates):
-            if candidate.is_skip:
-                continue
-            lo, hi = ranges.get(layer.key(c), (layer.min_width(c), layer.max_width(c)))
-            ranges[layer.key(c)] = min(lo, layer.min_width(c)), max(hi, layer.max_width(c))
-    return ranges
-
-
-def first_widths(lo: int, hi: int) -> list[int]:
-    """Both ends and the middle."""
-    return sorted({lo, (lo + hi) // 2, hi})
-
-
-def split_widths(latency_ms: dict[int, float], tolerance: float, smallest_gap: int = 4) -> list[tuple[float, int]]:
-    """Where the curve must be known better: (relative interpolation error seen, width to measure next).
-
-    A measured width that its two neighbours mispredict by more than `tolerance` has both its intervals halved.
-    """
-    widths = sorted(latency_ms)
-    result: dict[int, float] = {}
-    for a, m, b in zip(widths, widths[1:], widths[2:], strict=False):
-        expected = np.interp(m, [a, b], [latency_ms[a], latency_ms[b]])
-        error = abs(latency_ms[m] - expected) / latency_ms[m]
-        if error > tolerance:
-            for left, right in ((a, m), (m, b)):
-                if right - left >= 2 * smallest_gap:
-                    middle = (left + right) // 2
-                    result[middle] = max(error, result.get(middle, 0.0))
-    return [(error, width) for width, error in result.items()]
 
 
 def _curve_names(space: Space) -> list[str]:

@@ -1,0 +1,157 @@
+"""`tfnas lut build` and `tfnas lut check`: measure a latency table, and find out whether one still holds."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+import warnings
+from pathlib import Path
+from typing import Literal
+
+from tfnas.cli.codes import NOISY, OK
+from tfnas.config import SearchConfig
+from tfnas.config_io import DEFAULT_CONFIG, load_config
+from tfnas.latency.check import CheckResult, check_table
+from tfnas.latency.engine import Conditions
+from tfnas.latency.lut_io import load_table, save_table
+from tfnas.latency.measurements import partial_path
+from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, Progress, build_table
+from tfnas.space import Space
+from tfnas.space_io import load_space
+
+
+def build(
+    output: Path,
+    config: str = DEFAULT_CONFIG,
+    space: str | None = None,
+    device: str | None = None,
+    engine: str | None = None,
+    batch: int | None = None,
+    threads: int | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    layout: Literal["nchw", "channels_last"] | None = None,
+    budget_s: float | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    json: bool = False,
+) -> int:
+    """Measure a latency table of a search space and write it.
+
+    An interrupted build leaves `OUTPUT.partial` and goes on from there when the same command is given again.
+
+    Args:
+        output: Table to write (JSON).
+        config: Search configuration that names the space and the conditions; what follows overrides it.
+        space: Search space, a built-in name or a YAML file.
+        device: `cpu` or `cuda`.
+        engine: What runs the networks: `eager`, `compile`, `fused` or `onnxruntime`. Profile what will be deployed.
+        batch: Images a forward pass.
+        threads: CPU threads.
+        dtype: Type of weights and activations.
+        layout: Memory layout of the activations.
+        budget_s: Seconds to spend.
+        seed: Order of the measurements, and the architectures the correction is fitted on.
+        strict: End with exit code 3 when the machine was too noisy; the table is written all the same.
+        json: Print the table's header as one JSON object.
+
+    Returns:
+        The exit code.
+    """
+    settings = load_config(config)
+    profile = settings.profile
+    conditions = Conditions(
+        device=device or _device(settings),
+        engine=engine or profile.engine,
+        batch=batch or profile.batch_size,
+        threads=threads or profile.threads or settings.threads or 1,
+        dtype=dtype or profile.dtype,
+        layout=layout or profile.layout,
+    )
+    options = ProfileOptions(conditions, budget_s=budget_s or profile.budget_s, seed=seed)
+    partial = partial_path(output)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoisyMachineWarning)
+        table = build_table(_space(settings, space), options, partial=partial, progress=None if json else _print)
+    save_table(output, table)
+    partial.unlink()
+    for warning in caught:
+        print(f"tfnas lut build: warning: {warning.message}", file=sys.stderr)
+    if json:
+        print(json_format.dumps(table.header, indent=2))
+    else:
+        report, noise = table.header["additivity"], table.header["noise"]
+        print(f"{output}: {len(table.curves)} curves from {table.header['widths_measured']} widths")
+        print(f"medians known to +-{100 * noise['half_width_median']:.1f} % (median over widths, 95 % confidence)")
+        print(
+            f"{report['architectures']} networks measured whole: mean error {100 * report['mape']:.1f} %, "
+            f"{100 * report['raw_mape']:.1f} % before correction; rank correlation {report['spearman']:.3f}"
+        )
+    return NOISY if strict and table.header["noise"]["noisy"] else OK
+
+
+def check(
+    lut: Path,
+    config: str = DEFAULT_CONFIG,
+    space: str | None = None,
+    architectures: int = 40,
+    seed: int = 0,
+    budget_s: float = 120.0,
+    strict: bool = False,
+    json: bool = False,
+) -> int:
+    """Measure random networks whole and say whether a latency table still predicts them.
+
+    Args:
+        lut: Table to check; it is measured under the conditions in its header.
+        config: Search configuration that names the space.
+        space: Search space, a built-in name or a YAML file, instead of the configuration's.
+        architectures: Networks to measure, none of them among those the table was fitted on.
+        seed: Which networks.
+        budget_s: Seconds to spend.
+        strict: End with exit code 3 when the table does not hold.
+        json: Print one JSON object: `mape`, `bias`, `max_error` as fractions, `spearman`, `scale`, `holds` and more.
+
+    Returns:
+        The exit code.
+    """
+    result = check_table(load_table(lut), _space(load_config(config), space), architectures, seed, budget_s=budget_s)
+    if json:
+        print(json_format.dumps(result.as_dict(), indent=2))
+    else:
+        print("\n".join(_check_lines(result)))
+    return NOISY if strict and not result.holds else OK
+
+
+def _check_lines(result: CheckResult) -> list[str]:
+    lines = [
+        f"{result.architectures} networks, each known to +-{100 * result.half_width:.1f} %",
+        f"mean error {100 * result.mape:.2f} %, bias {100 * result.bias:+.2f} %, "
+        f"largest {100 * result.max_error:.1f} %, rank correlation {result.spearman:.3f}",
+    ]
+    if result.scale is not None:
+        lines.append(f"the reference network takes {result.scale:.3f} of its time when the table was built")
+    lines += [f"note: {remark}" for remark in result.remarks]
+    lines.append("the table holds" if result.holds else "the table does not hold: " + "; ".join(result.reasons))
+    return lines
+
+
+def _space(settings: SearchConfig, name: str | None) -> Space:
+    overrides = {key: getattr(settings, key) for key in ("num_classes", "resolution", "image_channels")}
+    return load_space(name or settings.space, {key: value for key, value in overrides.items() if value is not None})
+
+
+def _device(settings: SearchConfig) -> str:
+    if settings.device != "auto":
+        return settings.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _print(progress: Progress) -> None:
+    print(
+        f"\r{progress.phase}: {progress.widths} widths, {progress.seconds_left:.0f} s left at most ",
+        end="\n" if progress.phase == "done" else "",
+        file=sys.stderr,
+        flush=True,
+    )

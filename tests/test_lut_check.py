@@ -1,0 +1,156 @@
+"""Checking a table against networks measured later: at equal speed, slowed down, and where it has gone stale."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from profile_fakes import FakeEngine, Machine, smooth_ms
+from tfnas.cli import lut_build
+from tfnas.cli.codes import NOISY, OK
+from tfnas.latency.additivity import CHECKING, FITTING, random_architectures
+from tfnas.latency.check import CheckResult, check_table
+from tfnas.latency.lut import LatencyTable
+from tfnas.latency.lut_io import load_table, save_table
+from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, build_table
+from tfnas.space import OpKey
+from tfnas.space_io import load_space
+
+SMALL = load_space("small")
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    machine = Machine(noise=0.004)
+    engine = FakeEngine(machine, overhead=1.05, offset_ms=0.1)
+    options = ProfileOptions(budget_s=60.0, max_samples=12)
+    return build_table(SMALL, options, engine=engine, timer=machine.timer(), now_s=machine.now_s)
+
+
+def check(table: LatencyTable, machine: Machine, engine: FakeEngine | None = None, **kwargs: int) -> CheckResult:
+    engine = FakeEngine(machine, overhead=1.05, offset_ms=0.1) if engine is None else engine
+    return check_table(table, SMALL, engine=engine, timer=machine.timer(), now_s=machine.now_s, **kwargs)
+
+
+def test_a_good_table_holds(table: LatencyTable) -> None:
+    result = check(table, Machine(noise=0.004), architectures=20, seed=3)
+    assert result.holds, result.reasons
+    assert result.mape < 0.01
+    assert abs(result.bias) < 0.01
+    assert result.spearman > 0.99
+    assert result.scale == pytest.approx(1.0, abs=0.01)
+    assert len(result.measured_ms) == 20
+
+
+def test_a_slower_machine_is_told_apart_from_a_wrong_table(table: LatencyTable) -> None:
+    result = check(table, Machine(noise=0.004, speed=1.2), architectures=20)
+    assert result.scale == pytest.approx(1.2, rel=0.01)
+    assert result.raw_bias == pytest.approx(1 / 1.2 - 1, abs=0.02)
+    assert abs(result.bias) < 0.01
+    assert not result.holds
+    assert [r for r in result.reasons if "slower" in r]
+
+
+def test_a_stale_table_does_not_hold(table: LatencyTable) -> None:
+    def other_library(key: OpKey, width: int) -> float:
+        return smooth_ms(key, width) * (2.0 if key.kernel_size == 5 else 1.0)
+
+    machine = Machine()
+    result = check(table, machine, FakeEngine(machine, other_library), architectures=20)
+    assert not result.holds
+    assert any("mean error" in reason for reason in result.reasons)
+
+
+def test_differences_of_machine_and_software_are_remarked(table: LatencyTable) -> None:
+    other = replace(table, header=dict(table.header) | {"torch": "1.1.0", "device": "Xeon"})
+    remarks = check(other, Machine(), architectures=3).remarks
+    assert any("torch: 1.1.0 when built" in remark for remark in remarks)
+    assert any("device: Xeon when built" in remark for remark in remarks)
+
+
+def test_an_imported_table_knows_no_scale(table: LatencyTable) -> None:
+    result = check(replace(table, header={}), Machine(), architectures=5)
+    assert result.scale is None
+    assert result.bias == result.raw_bias
+
+
+def test_never_the_networks_of_the_fit() -> None:
+    for seed in (0, 1, 2):
+        fitted = random_architectures(SMALL, 20, (seed, FITTING))
+        for other in (0, 1, 2):
+            assert not set(fitted) & set(random_architectures(SMALL, 40, (other, CHECKING)))
+
+
+def test_too_few_networks_are_refused(table: LatencyTable) -> None:
+    with pytest.raises(ValueError, match="at least 3"):
+        check(table, Machine(), architectures=2)
+
+
+def test_a_table_of_another_space_is_refused(table: LatencyTable) -> None:
+    with pytest.raises(ValueError, match="does not cover"):
+        check_table(table, load_space("imagenet"), 5)
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """The commands measure on this machine instead of the real one."""
+    machine = Machine(noise=0.004)
+
+    def scripted_build(space: object, options: ProfileOptions, **kwargs: object) -> LatencyTable:
+        engine = FakeEngine(machine, conditions=options.conditions)
+        return build_table(SMALL, options, engine=engine, timer=machine.timer(), now_s=machine.now_s, **kwargs)  # type: ignore[arg-type]
+
+    def scripted_check(*args: object, **kwargs: object) -> CheckResult:
+        engine = FakeEngine(machine)
+        return check_table(*args, engine=engine, timer=machine.timer(), now_s=machine.now_s, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lut_build, "build_table", scripted_build)
+    monkeypatch.setattr(lut_build, "check_table", scripted_check)
+    return machine
+
+
+def test_build_and_check_commands(scripted: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "lut.json"
+    assert lut_build.build(output, space="small", batch=1, threads=1, budget_s=60.0, json=True) == OK
+    header = json.loads(capsys.readouterr().out)
+    assert header["batch"] == 1
+    assert header == json.loads(json.dumps(dict(load_table(output).header)))
+    assert not (tmp_path / "lut.json.partial").exists()
+    assert lut_build.check(output, space="small", architectures=10, json=True) == OK
+    result = json.loads(capsys.readouterr().out)
+    assert {"mape", "bias", "spearman", "max_error", "holds"} <= result.keys()
+    assert result["holds"]
+    assert lut_build.check(output, space="small", architectures=10) == OK
+    assert "the table holds" in capsys.readouterr().out
+
+
+def test_strict_commands_end_with_3(scripted: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "lut.json"
+    scripted.noise = 0.3
+    assert lut_build.build(output, space="small", budget_s=3.0, strict=True) == NOISY
+    assert output.exists()
+    assert "not quiet" in capsys.readouterr().err
+    assert lut_build.build(output, space="small", budget_s=3.0) == OK
+    scripted.noise, scripted.speed = 0.001, 2.0
+    assert lut_build.check(output, space="small", architectures=5, strict=True) == NOISY
+    assert "does not hold" in capsys.readouterr().out
+
+
+def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lut.json"
+    path.write_text('{"schema_version": 1, "curves"')
+    with pytest.raises(ValueError, match=r"lut\.json"):
+        lut_build.check(path, space="small")
+
+
+def test_noise_is_no_reason_to_lose_the_table(scripted: Machine) -> None:
+    scripted.noise = 0.3
+    with pytest.warns(NoisyMachineWarning):
+        lut_build.build_table(SMALL, ProfileOptions(budget_s=2.0))
+
+
+def test_save_and_load_keep_the_correction(table: LatencyTable, tmp_path: Path) -> None:
+    save_table(tmp_path / "t.json", table)
+    assert load_table(tmp_path / "t.json").correction == pytest.approx(table.correction)
