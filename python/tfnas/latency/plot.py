@@ -1,0 +1,111 @@
+"""Latency curves as pictures: rows of blocks for a terminal, a PNG with error bars (matplotlib, extra `plots`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.table import Table
+
+from tfnas.latency.lut import Curve, FloatArray
+from tfnas.space import OpKey
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_SERIES = 24
+# half of the 95 % confidence interval of a median, in standard deviations / sqrt(samples)
+_HALF_WIDTH = 1.96 * 1.2533
+
+
+def error_bars(curve: Curve) -> FloatArray:
+    """Half of the 95 % confidence interval of every knot's median relative to it [K]; NaN where it is not known."""
+    known = curve.samples > 0
+    return np.where(known, _HALF_WIDTH * curve.rel_stdev / np.sqrt(np.maximum(curve.samples, 1)), np.nan)
+
+
+def sparkline(curve: Curve, columns: int = _SERIES) -> str:
+    """A curve between its least and greatest knot as a row of blocks."""
+    widths = np.arange(curve.widths[0], curve.widths[-1] + 1)
+    widths = widths[curve.covers(widths)]
+    picked = widths[np.linspace(0, widths.size - 1, min(columns, widths.size)).round().astype(np.int64)]
+    latency_ms = curve.latencies_ms(picked)
+    low, span = latency_ms.min(), np.ptp(latency_ms)
+    levels = np.zeros(picked.size) if span == 0 else (latency_ms - low) / span * (len(_BLOCKS) - 1)
+    return "".join(_BLOCKS[round(float(level))] for level in levels)
+
+
+def curves_table(curves: Mapping[OpKey, Curve]) -> Table:
+    """One row per curve: widths, knots, latency in ms, error bar of its medians (median over knots), shape."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("curve", no_wrap=True)
+    for title in ("kind", "widths", "knots", "ms", "± %"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("latency over width", no_wrap=True)
+    for key, curve in curves.items():
+        bars = error_bars(curve)
+        known = bars[np.isfinite(bars)]
+        table.add_row(
+            str(key).removeprefix("mbinvres_"),
+            curve.kind if curve.kind == "linear" else f"{curve.kind} {curve.period}",
+            f"{curve.widths[0]}-{curve.widths[-1]}",
+            str(curve.widths.size),
+            f"{curve.latency_ms.min():.4g}-{curve.latency_ms.max():.4g}",
+            f"{100 * np.median(known):.1f}" if known.size else "?",
+            sparkline(curve),
+        )
+    return table
+
+
+def save_plot(path: str | Path, curves: Mapping[OpKey, Curve], title: str = "") -> None:
+    """Draw curves with the error bars of their knots into a picture; the suffix decides the format (PNG, SVG, PDF).
+
+    One panel per shape (resolution, channels, stride). Raises `ModuleNotFoundError` saying what to install.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"drawing curves needs matplotlib ({error}): pip install 'tfnas-ext[plots]'", name="matplotlib"
+        ) from None
+    panels: dict[tuple[int, int, int, int], list[OpKey]] = {}
+    for key in curves:
+        panels.setdefault((key.resolution, key.in_channels, key.out_channels, key.stride), []).append(key)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5.5 * columns, 3.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (shape, keys) in zip(axes, panels.items(), strict=False):
+        for number, key in enumerate(keys):
+            _draw(axis, curves[key], f"C{number}", f"k{key.kernel_size} se{key.se_channels} {key.act}")
+        resolution, in_channels, out_channels, stride = shape
+        axis.set_title(f"{resolution} px, {in_channels} to {out_channels} channels, stride {stride}", fontsize=9)
+        axis.set(xlabel="width (channels)", ylabel="latency (ms)", ylim=(0, None))
+        axis.legend(fontsize=7)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def _draw(axis: Axes, curve: Curve, color: str, label: str) -> None:
+    bars = np.nan_to_num(error_bars(curve)) * curve.latency_ms
+    for widths in _runs(curve):
+        axis.plot(widths, curve.latencies_ms(widths), linewidth=1, color=color)
+    axis.errorbar(curve.widths, curve.latency_ms, bars, fmt=".", markersize=3, capsize=2, color=color, label=label)
+
+
+def _runs(curve: Curve) -> Iterable[np.ndarray]:
+    """Widths to join by a line: the aligned ones and the others of a sawtooth apart."""
+    widths = np.arange(curve.widths[0], curve.widths[-1] + 1)
+    widths = widths[curve.covers(widths)]
+    if curve.kind == "sawtooth":
+        aligned = widths % curve.period == 0
+        return widths[aligned], widths[~aligned]
+    return (widths,)
