@@ -21,16 +21,14 @@ import _toolchain  # noqa: E402
 
 SOURCES = json.loads((ROOT / "csrc" / "sources.json").read_text())
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fvisibility=hidden,-ffp-contract=off"]
 # For at::parallel_for. Compiled with but not linked: the OpenMP library must be the one that torch brings.
 CXX_FLAGS += ["-fopenmp"] if sys.platform.startswith("linux") else []
 
 torch_version = _build.find_torch(sys.path)
-if os.environ.get("TFNAS_NATIVE", "1") == "0":
-    problem = "it was left out by TFNAS_NATIVE=0 when the package was installed"
-elif torch_version is None:
+problem = _toolchain.native_problem()
+if problem is None and torch_version is None:
     problem = "torch was not there when the package was built"
-else:
-    problem = _toolchain.compiler_problem()
 
 info = {"native": problem is None, "reason": problem or "", "torch_version": torch_version or ""}
 info |= {"cuda_version": "", "cuda_archs": "", "cuda_reason": problem or "", "isas": []}
@@ -81,7 +79,7 @@ def native_extension():
         depends=[str(file) for file in (ROOT / "csrc").rglob("*") if file.is_file()],
         define_macros=[("TFNAS_WITH_CUDA", str(int(cuda)))],
         # Sampling promises the same bits everywhere: no fused multiply-add where none is written.
-        extra_compile_args={"cxx": [*CXX_FLAGS, "-ffp-contract=off"], "nvcc": ["-std=c++20", "-O3"]},
+        extra_compile_args={"cxx": [*CXX_FLAGS, "-ffp-contract=off"], "nvcc": NVCC_FLAGS},
     )
     # libc10_cuda brings the CUDA runtime; toolkits that split their libraries have no libcudart to link against.
     extension.libraries = [name for name in extension.libraries if name != "cudart"]
@@ -123,9 +121,8 @@ elif problem is not None:
     print(f"tfnas_ext: no native module, because {problem}. The slow 'reference' backend remains.", file=sys.stderr)
 
 setup(
-    # A binary fits the torch it was compiled for and no other: pin it.
     install_requires=[
-        f"torch=={torch_version}" if problem is None else _build.TORCH_RANGE.split(",")[0],
+        _build.torch_requirement(torch_version),
         "torchvision",
         "numpy>=1.24",
         "jsonargparse[signatures]>=4.49",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -15,24 +16,51 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = json.loads((ROOT / "csrc" / "sources.json").read_text())
 
 
+def load(name: str) -> ModuleType:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+
+
 @pytest.fixture(scope="module")
 def toolchain() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_toolchain", ROOT / "tools" / "_toolchain.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["_toolchain"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return load("_toolchain")
+
+
+def test_the_torch_that_is_there_is_the_one_required() -> None:
+    backend = load("_build")
+    installed = importlib.metadata.version("torch")
+    assert backend.find_torch(sys.path) == installed
+    assert backend.torch_requirement(installed) == f"torch=={installed}"
+    assert backend.torch_requirement(None) == "torch>=2.10"
+    assert backend.get_requires_for_build_wheel() == []
+
+
+def test_torch_is_fetched_for_a_build_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = load("_build")
+    monkeypatch.setattr(backend, "find_torch", lambda folders=None: None)
+    monkeypatch.setattr(backend._toolchain, "native_problem", lambda: None)
+    monkeypatch.delenv("TFNAS_TORCH", raising=False)
+    assert backend.get_requires_for_build_wheel() == [backend.TORCH_RANGE]
+    monkeypatch.setenv("TFNAS_TORCH", "torch==2.13.0")
+    assert backend.get_requires_for_build_editable() == ["torch==2.13.0"]
+    monkeypatch.setattr(backend._toolchain, "native_problem", lambda: "no compiler")
+    assert backend.get_requires_for_build_wheel() == []
+
+
+def test_native_module_can_be_left_out(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFNAS_NATIVE", "0")
+    assert "TFNAS_NATIVE=0" in toolchain.native_problem()
 
 
 def test_every_source_exists_and_every_native_file_is_listed() -> None:
     groups = ("ops", "cpu", "cuda", "engine", "timing", "bindings", "torch_free", "torch_free_tests")
     listed = {file for group in groups for file in SOURCES[group]} | set(SOURCES["cpu_per_isa"])
     assert [file for file in sorted(listed) if not (ROOT / file).is_file()] == []
-    present = {
-        str(file.relative_to(ROOT)) for folder in ("csrc", "tests") for file in (ROOT / folder).rglob("*.c[pu]*")
-    }
+    folders = (ROOT / "csrc", ROOT / "tests" / "native")
+    present = {str(file.relative_to(ROOT)) for folder in folders for file in folder.rglob("*.c[pu]*")}
     sources = {file for file in present if file.endswith((".cpp", ".cu"))}
     assert sources - listed == set(), "add these to csrc/sources.json"
     for file, isas in SOURCES["cpu_per_isa"].items():

@@ -69,8 +69,8 @@ MODULE, REASON = _load(INFO, torch.__version__)
 
 if MODULE is None and os.environ.get("TFNAS_BACKEND") != "reference":
     warnings.warn(
-        f"tfnas_ext runs on the slow 'reference' backend, without its native module: {REASON}. "
-        "TFNAS_BACKEND=reference silences this.",
+        f"tfnas_ext runs on the slow 'reference' backend, without its native module: {REASON} "
+        "(TFNAS_BACKEND=reference silences this)",
         RuntimeWarning,
         stacklevel=2,
     )

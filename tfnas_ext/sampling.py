@@ -39,9 +39,9 @@ def uniforms(seed: int, step: int, layers: int, candidates: int, path: int, *, b
     """
     _check_counter(seed, step)
     _check_size(layers, candidates, path)
-    if choose_backend("cpu", backend) == "cpu":
-        return torch.ops.tfnas.uniforms(layers, candidates, seed, step, path)
-    return _uniforms(seed, step, layers, candidates, path, torch.device("cpu"))
+    if choose_backend("cpu", backend) == "reference":
+        return _uniforms(seed, step, layers, candidates, path, torch.device("cpu"))
+    return torch.ops.tfnas.uniforms(layers, candidates, seed, step, path)
 
 
 def sample_paths(
@@ -79,11 +79,9 @@ def sample_paths(
             valid log_alpha is not finite or a layer has no valid candidate; on a GPU these are not read back.
     """
     _check_counter(seed, step)
-    if log_alpha.device.type == "cpu" and choose_backend("cpu", backend) == "cpu":
-        return torch.ops.tfnas.sample_paths(log_alpha.detach(), tau, seed, step, second, valid_mask)
-    if backend is not None:
-        choose_backend(log_alpha.device, backend)
-    return _sample_paths(log_alpha.detach(), tau, seed, step, second, valid_mask)
+    if choose_backend(log_alpha.device, backend) == "reference":
+        return _sample_paths(log_alpha.detach(), tau, seed, step, second, valid_mask)
+    return torch.ops.tfnas.sample_paths(log_alpha.detach(), tau, seed, step, second, valid_mask)
 
 
 def gumbel_softmax_weights(
@@ -112,10 +110,10 @@ def gumbel_softmax_weights(
     _check_tau(tau)
     _check_counter(seed, step)
     layers, candidates = log_alpha.shape
-    if log_alpha.device.type == "cpu" and choose_backend("cpu", backend) == "cpu":
-        noise = torch.ops.tfnas.gumbel_noise(layers, candidates, seed, step, MIXTURE)
-    else:
+    if choose_backend(log_alpha.device, backend) == "reference":
         noise = _gumbel(_uniforms(seed, step, layers, candidates, MIXTURE, log_alpha.device))
+    else:
+        noise = torch.ops.tfnas.gumbel_noise(layers, candidates, seed, step, MIXTURE, log_alpha.device)
     scores = (log_alpha + noise.to(log_alpha.dtype)) / tau
     if valid_mask is not None:
         scores = scores.masked_fill(~valid_mask, -torch.inf)
@@ -268,5 +266,5 @@ if native_module() is not None:
         return torch.empty((layers, candidates), dtype=torch.float64)
 
     @torch.library.register_fake("tfnas::gumbel_noise")
-    def _(layers: int, candidates: int, seed: int, step: int, path: int) -> Tensor:
-        return torch.empty((layers, candidates), dtype=torch.float64)
+    def _(layers: int, candidates: int, seed: int, step: int, path: int, device: torch.device) -> Tensor:
+        return torch.empty((layers, candidates), dtype=torch.float64, device=device)

@@ -14,6 +14,7 @@ import sysconfig
 from importlib import metadata
 from typing import Any
 
+import _toolchain
 from setuptools import build_meta
 from setuptools.build_meta import build_sdist, get_requires_for_build_sdist
 
@@ -49,8 +50,13 @@ def find_torch(folders: list[str] | None = None) -> str | None:
     return None
 
 
+def torch_requirement(version: str | None) -> str:
+    """What the package depends on. The torch that is there stays, whatever newer one the other packages would bring."""
+    return f"torch=={version}" if version else TORCH_RANGE.split(",")[0]
+
+
 def _required_torch() -> list[str]:
-    if find_torch(sys.path) or find_torch():
+    if find_torch(sys.path) or find_torch() or _toolchain.native_problem():
         return []
     return [os.environ.get("TFNAS_TORCH", TORCH_RANGE)]
 

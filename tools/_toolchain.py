@@ -15,6 +15,13 @@ from pathlib import Path
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 
 
+def native_problem() -> str | None:
+    """Why no native module is built here, or None."""
+    if os.environ.get("TFNAS_NATIVE", "1") == "0":
+        return "it was left out by TFNAS_NATIVE=0 when the package was installed"
+    return compiler_problem()
+
+
 def compiler_problem() -> str | None:
     """Why no native module can be compiled here, or None: C++20 and Python's headers are tried for real."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))

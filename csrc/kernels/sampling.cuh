@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "kernels/philox.cuh"
+#include "philox.cuh"
 
 namespace tfnas {
 
