@@ -18,7 +18,7 @@ _HALF = np.uint64(32)
 
 
 class Purpose(IntEnum):
-    """Keeps the streams of one seed apart."""
+    """Keeps the streams of one seed apart. Never 0: path sampling's counters have 0 in that word."""
 
     ORDER = 1
     AUGMENTATION = 2
