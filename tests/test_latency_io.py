@@ -8,6 +8,7 @@ import os
 import pickle
 import warnings
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,14 @@ def test_pickles_naming_other_callables_are_refused(tmp_path: Path, name: str) -
         ({"base": float("nan"), NAME: {8: 1.0}}, "base_ms"),
         ({"base": 1.0}, "none"),
         ({"base": 1.0, "Conv": {8: 1.0}}, "published latency key"),
-        ({"base": 1.0, NAME: 3.0}, "dict of .width: ms"),
+        ({"base": 1.0, NAME: 3.0}, "dict of .width: ms. each, got a float"),
         ({"base": 1.0, NAME: {"8": 1.0}}, "integer widths"),
-        ({"base": 1.0, NAME: {8: "1"}}, "number of ms"),
+        ({"base": 1.0, NAME: {8: "1"}}, "number of ms at width 8, got a str"),
+        ({"base": 1.0, NAME: {8: 10**400}}, "64 bits"),
+        ({"base": 1.0, NAME: {10**30: 1.0}}, "64 bits"),
+        ({"base": 10**400, NAME: {8: 1.0}}, "base_ms"),
+        ({"base": 1.0, NAME: {8: True}}, "NEWTRUE"),
+        ({"base": 1.0, NAME: {8: [1.0]}}, "got a list"),
         ({"base": 1.0, NAME: {8: float("nan"), 9: 1.0}}, "nan at width 8"),
         ({"base": 1.0, NAME: {8: 1e-6, 9: 2e-6}}, "seconds"),
     ],
@@ -180,6 +186,63 @@ def test_malformed_pickles(tmp_path: Path, document: object, word: str) -> None:
     with pytest.raises(LatencyTableError, match=word) as caught:
         load_table(tmp_path / "t.pkl")
     assert "t.pkl" in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_pickles_of_every_protocol_are_read(tmp_path: Path, protocol: int, kind: type) -> None:
+    document = kind({"base": 1.0, NAME: kind({8: 0.5, 9: 1, 300: 70000.0, 70000: 2**40})})
+    (tmp_path / "t.pkl").write_bytes(pickle.dumps(document, protocol=protocol))
+    table = load_table(tmp_path / "t.pkl")
+    assert table.curves[KEY].widths.tolist() == [8, 9, 300, 70000]
+    assert table.curves[KEY].latency_ms.tolist() == [0.5, 1.0, 70000.0, 2.0**40]
+
+
+def nested_tuple_key() -> bytes:
+    """A dict whose key is a tuple 200,000 deep: hashing it overflows the stack of an ordinary reader."""
+    return b"\x80\x02})" + 200_000 * b"\x85" + b"K\x01s."
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "memo number"),  # would ask for 32 GB
+        (nested_tuple_key(), "tuple"),
+        (b"\x80\x02}K\x01\x85K\x01s.", "tuple"),
+        (b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.", "damaged"),  # a bytearray of 1 TB
+        (b"\x80\x02" + 100_000 * b"](" + b".", "MARK"),
+        (b"\x80\x02}\x82\x01.", "EXT1"),
+        (b"\x80\x02}U\x01aQ.", "BINPERSID"),
+        (b"\x80\x02}}b.", "BUILD"),
+        (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "NEWOBJ"),
+        (b"(ios\nsystem\n.", "INST"),
+    ],
+)
+def test_pickles_built_to_do_harm(tmp_path: Path, data: bytes, words: str) -> None:
+    (tmp_path / "t.pkl").write_bytes(data)
+    with pytest.raises(LatencyTableError, match=words):
+        load_table(tmp_path / "t.pkl")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_damaged_bytes_never_escape(tmp_path: Path, seed: int) -> None:
+    """Random damage to every format either still reads as a table or is refused; nothing else comes out."""
+    rng = np.random.default_rng(seed)
+    export_published_pickle(tmp_path / "t.pkl", small_table())
+    export_csv(tmp_path / "t.csv", small_table())
+    save_table(tmp_path / "t.json", small_table())
+    (tmp_path / "t.yaml").write_text(PROXYLESS)
+    for name in ("t.pkl", "t.csv", "t.json", "t.yaml"):
+        original = (tmp_path / name).read_bytes()
+        for _ in range(60):
+            data = bytearray(original)
+            for at in rng.integers(0, len(data), rng.integers(1, 4)):
+                data[at] = rng.integers(256)
+            (tmp_path / name).write_bytes(data)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with suppress(LatencyTableError):
+                    assert load_table(tmp_path / name).curves, f"seed {seed}"
 
 
 def test_non_positive_pickle_entries_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -231,6 +294,7 @@ def change(document: dict[str, Any], path: str, value: object) -> dict[str, Any]
         ("unit", KeyError, "unit"),
         ("base_ms", -1, "base_ms"),
         ("base_ms", "2", "base_ms"),
+        pytest.param("base_ms", 10**400, "too large", id="base_ms-huge"),
         ("base_ms", KeyError, "base_ms"),
         ("curves", [], "curves"),
         ("curves", {}, "curves"),
@@ -288,7 +352,7 @@ def test_nan_duplicates_and_other_files(tmp_path: Path) -> None:
 def test_seconds_are_refused_or_warned_about(tmp_path: Path) -> None:
     document = table_to_dict(small_table())
     file = tmp_path / "t.json"
-    for scale, outcome in ((1e-3, LatencyTableError), (1e-2, LatencyUnitWarning), (1.0, None)):
+    for scale, outcome in ((1e-3, LatencyTableError), (1e-2, LatencyUnitWarning), (0.1, None)):
         for number, curve in enumerate(document["curves"]):
             scaled = [scale * ms for ms in table_to_dict(small_table())["curves"][number]["latency_ms"]]
             curve["latency_ms"] = scaled

@@ -8,6 +8,7 @@ blocks to the latency of a whole network. Reading and writing files is `lut_io`'
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -190,7 +191,7 @@ class LatencyTable:
     def __post_init__(self) -> None:
         if isinstance(self.base_ms, bool) or not isinstance(self.base_ms, (int, float, np.floating)):
             raise LatencyTableError(f"base_ms: expected a number, got {self.base_ms!r}")
-        if not (math.isfinite(self.base_ms) and self.base_ms >= 0):
+        if not 0 <= self.base_ms <= sys.float_info.max:
             raise LatencyTableError(f"base_ms: expected a finite value >= 0, got {self.base_ms}")
         if not self.curves:
             raise LatencyTableError("curves: the table has none")

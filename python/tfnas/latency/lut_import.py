@@ -1,7 +1,6 @@
 """Other people's latency tables: the published pickle, CSV, and the YAML of OFA and ProxylessNAS. Import and export.
 
-A pickle is read as data: the reader knows plain containers, numbers and strings, and refuses the file at the first
-name it does not know, before anything of it has run.
+A pickle is read as data: one that holds more than dicts, numbers and strings is refused before anything of it has run.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from tfnas.fields import describe
 from tfnas.files import write_bytes_atomically, write_text_atomically
 from tfnas.latency.lut import Curve, LatencyTable, LatencyTableError
+from tfnas.latency.plain_pickle import load_plain_pickle
 from tfnas.published import parse_published_key, published_key
 from tfnas.space import ACTIVATIONS, OpKey
-
-_MAX_PICKLE_BYTES = 256 * 2**20
 
 _SHAPE_COLUMNS = ("resolution", "in_channels", "out_channels", "kernel_size", "stride", "se_channels")
 CSV_COLUMNS = ("entry", *_SHAPE_COLUMNS, "act", "kind", "period", "width", "latency_ms", "rel_stdev", "samples")
@@ -36,26 +35,6 @@ _YAML_BLOCK = re.compile(
 )
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds dicts, OrderedDicts, lists, numbers and strings; refuses every other name instead of importing it."""
-
-    _allowed = frozenset({("collections", "OrderedDict"), ("builtins", "dict"), ("builtins", "float"),
-                          ("builtins", "int"), ("builtins", "str")})  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "__builtin__":
-            module = "builtins"
-        if (module, name) not in self._allowed:
-            raise pickle.UnpicklingError(
-                f"it refers to {module}.{name}; a latency table holds only dicts, numbers and strings, so this file "
-                "was refused and nothing in it was run"
-            )
-        return {"OrderedDict": collections.OrderedDict, "dict": dict, "float": float, "int": int, "str": str}[name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside the file; refused")
-
-
 def import_published_pickle(path: str | Path) -> LatencyTable:
     """Read a table in the published code's format: `base` and one {width: ms} dict per block name, pickled.
 
@@ -64,16 +43,10 @@ def import_published_pickle(path: str | Path) -> LatencyTable:
     of candidates does not matter. Raises `LatencyTableError` for anything that is not such a table.
     """
     path = Path(path)
-    data = _read_bytes(path)
-    if len(data) > _MAX_PICKLE_BYTES:
-        raise LatencyTableError(f"{path}: {len(data)} bytes is too large for a latency table")
     try:
-        raw = _PlainUnpickler(io.BytesIO(data)).load()
+        raw = load_plain_pickle(_read_bytes(path))
     except pickle.UnpicklingError as error:
         raise LatencyTableError(f"{path}: {error}") from None
-    except Exception as error:
-        # A damaged pickle raises nearly anything (EOFError, ValueError, KeyError, IndexError, MemoryError...).
-        raise LatencyTableError(f"{path}: not a readable pickle, perhaps truncated ({error!r})") from None
     if not isinstance(raw, dict):
         raise LatencyTableError(f"{path}: expected a dict of curves, got {type(raw).__name__}")
     if "base" not in raw:
@@ -85,7 +58,8 @@ def import_published_pickle(path: str | Path) -> LatencyTable:
             continue
         if not isinstance(name, str) or not isinstance(entries, dict):
             raise LatencyTableError(
-                f"{path}: expected a name with a dict of {{width: ms}}, got {name!r}: {entries!r:.60}"
+                f"{path}: expected names with a dict of {{width: ms}} each, got a {type(entries).__name__} at "
+                f"{describe(name)}"
             )
         try:
             key = parse_published_key(name)
@@ -218,7 +192,7 @@ def import_ofa_yaml(path: str | Path) -> LatencyTable:
     for name, entry in raw.items():
         mean_ms = entry.get("mean") if isinstance(entry, dict) else None
         if mean_ms is None or not _is_number(mean_ms) or not math.isfinite(mean_ms) or mean_ms <= 0:
-            raise LatencyTableError(f"{path}: {name!r}: expected a field 'mean' above 0 (ms), got {entry!r:.60}")
+            raise LatencyTableError(f"{path}: {name!r}: expected a field 'mean' above 0 (ms), got {describe(entry)}")
         if not str(name).startswith("expanded_conv"):
             part = str(name).split("-", 1)[0]
             if part in rest:
@@ -277,9 +251,12 @@ def _curve_from_entries(entries: dict[Any, Any]) -> Curve:
         if not isinstance(width, int) or isinstance(width, bool):
             raise LatencyTableError(f"expected integer widths, got {width!r}")
         if not _is_number(ms):
-            raise LatencyTableError(f"expected a number of ms at width {width}, got {ms!r}")
+            raise LatencyTableError(f"expected a number of ms at width {width}, got a {type(ms).__name__}")
     widths = sorted(entries)
-    return Curve(np.array(widths), np.array([entries[width] for width in widths], dtype=np.float64))
+    try:
+        return Curve(np.array(widths, dtype=np.int64), np.array([entries[width] for width in widths], dtype=np.float64))
+    except OverflowError:
+        raise LatencyTableError("expected widths and latencies that fit 64 bits") from None
 
 
 def _parse(kind: type, row: dict[str, Any], name: str, default: Any = None) -> Any:

@@ -25,7 +25,7 @@ MODES = ("cold", "hot", "chain")
 
 # A block has three convolutions, and launching one kernel takes about 0.002 ms on any device.
 _IMPOSSIBLE_BLOCK_MS = 0.0005
-_SUSPICIOUS_BLOCK_MS = 0.01
+_SUSPICIOUS_BLOCK_MS = 0.005
 
 _KEY_FIELDS = ("resolution", "in_channels", "out_channels", "kernel_size", "stride", "se_channels", "act")
 _CURVE_FIELDS = ("key", "kind", "period", "widths", "latency_ms", "rel_stdev", "samples")
@@ -127,7 +127,7 @@ def table_from_dict(document: object) -> LatencyTable:
         return LatencyTable(fields.number("base_ms"), curves, dict(header), affine)
     except LatencyTableError:
         raise
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise LatencyTableError(str(error)) from None
 
 
