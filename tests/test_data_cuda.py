@@ -1,4 +1,4 @@
-"""Images resident on a GPU, augmented there: the same pixels as on the CPU up to rounding, and no step waits for the host."""
+"""Images resident and augmented on a GPU: the pixels of the CPU up to rounding, and no step waits for the host."""
 
 from __future__ import annotations
 
