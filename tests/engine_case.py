@@ -97,8 +97,9 @@ class Case:
         ]
         self.choices = torch.tensor([first, second])
         shape_v = self.spec.depth_weights_shape
-        self.v = None if shape_v is None else self.normal(*shape_v).softmax(1)
-        self.u = self.normal(len(counts), self.spec.max_candidates).softmax(1)
+        self.v = None if shape_v is None else self.normal(*shape_v)
+        # any sign and sum: an engine must not rely on rows that sum to one
+        self.u = self.normal(len(counts), self.spec.max_candidates)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=DTYPE, generator=self.generator)

@@ -16,7 +16,7 @@ from tfnas_ext.engine import engine_names, make_engine, run_mixture, run_paths
 from tfnas_ext.packed import PackedLayer
 
 ENGINES = pytest.mark.parametrize("engine", engine_names())
-SEEDS = range(300 if os.environ.get("TFNAS_SLOW") == "1" else 12)
+SEEDS = range(300 if os.environ.get("TFNAS_SLOW") == "1" else 16)
 
 
 def random_case(engine: str, seed: int) -> Case:
