@@ -100,6 +100,7 @@ def test_five_weight_steps_equal_torch(depth_space: str, engine: str, candidates
         norm = torch.nn.utils.clip_grad_norm_(pair.naive.weights(), max_norm)
         clipped += int(norm > max_norm)
         optimizer.step()
+        assert pair.supernet.log_beta.grad is None
         close(result.losses, losses.detach())
         close(result.norm, norm)
         assert result.correct.tolist() == [(path.argmax(1) == pair.labels).sum() for path in logits]
@@ -347,7 +348,9 @@ def test_bfloat16_follows_float32(engine: str) -> None:
 def test_moving_keeps_the_engine_on_the_weights() -> None:
     pair = Pair("sink", "reference", seed=90)
     before = evaluation_logits(pair.supernet, pair.images, [0, 0, 0, 0])
+    engine = pair.supernet.engine
     pair.supernet.double()
+    assert pair.supernet.engine is not engine, "a native engine holds tensors, and a move makes new ones"
     assert torch.equal(evaluation_logits(pair.supernet, pair.images, [0, 0, 0, 0]), before)
     weight_step(pair.supernet, pair.images, pair.labels, pair.choices(), lr=0.1)
     assert any(m.any() for layer in pair.supernet.packed_layers() for m in layer.momenta())

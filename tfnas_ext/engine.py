@@ -141,11 +141,10 @@ def make_engine(name: str, spec: BodySpec, layers: Sequence[PackedLayer]) -> Sup
 
 
 def run_paths(engine: SupernetEngine, x: Tensor, choices: Tensor, v: Tensor | None) -> list[Tensor]:
-    """`forward_paths` under autograd: P outputs, differentiable once with respect to `x`.
+    """`forward_paths` under autograd: P outputs, differentiable once with respect to `x` (not to `v`).
 
     A backward through the outputs also fills the engine's buffers with weight gradients, for `clip_and_sgd_`.
     """
-    v = None if v is None else v.detach()
     if not torch.is_grad_enabled():
         return engine.forward_paths(x, choices, v, False)[0]
     # Weights are not inputs of the function; the anchor makes its outputs require gradients all the same.
