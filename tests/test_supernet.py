@@ -100,7 +100,6 @@ def test_five_weight_steps_equal_torch(depth_space: str, engine: str, candidates
         norm = torch.nn.utils.clip_grad_norm_(pair.naive.weights(), max_norm)
         clipped += int(norm > max_norm)
         optimizer.step()
-        assert pair.supernet.log_beta.grad is None
         close(result.losses, losses.detach())
         close(result.norm, norm)
         assert result.correct.tolist() == [(path.argmax(1) == pair.labels).sum() for path in logits]
