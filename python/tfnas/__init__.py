@@ -12,14 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tfnas.config import SearchConfig as SearchConfig
     from tfnas.config_io import load_config as load_config
+    from tfnas.pipeline import SearchResult as SearchResult
+    from tfnas.pipeline import search as search
+    from tfnas.progress import Callback as Callback
 
 _HOME = {
+    "Callback": "progress",
     "SearchConfig": "config",
+    "SearchResult": "pipeline",
     "load_config": "config_io",
+    "search": "pipeline",
 }
 _SUBMODULES = ("architecture", "config", "config_io", "derive", "latency", "network", "scaling", "space", "space_io")
 
-__all__ = ["SearchConfig", "load_config"]
+__all__ = ["Callback", "SearchConfig", "SearchResult", "load_config", "search"]
 
 
 def __getattr__(name: str) -> Any:

@@ -146,7 +146,7 @@ class ProfileConfig:
     Attributes:
         engine: What runs the network while measuring, which should be what will be deployed: `eager`, `compile`.
         batch_size: Images a forward pass.
-        threads: CPU threads; null takes the run's.
+        threads: CPU threads.
         dtype: `float32`, `bfloat16` or `float16`.
         layout: Memory layout of the activations, `nchw` or `channels_last`.
         budget_s: Time to spend on measuring a table, in seconds.
@@ -154,7 +154,7 @@ class ProfileConfig:
 
     engine: str = "eager"
     batch_size: int = 32
-    threads: int | None = None
+    threads: int = 1
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     layout: Literal["nchw", "channels_last"] = "nchw"
     budget_s: float = 600.0

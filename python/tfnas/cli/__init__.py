@@ -1,8 +1,8 @@
 """The `tfnas` command: one module per subcommand, loaded when it is called.
 
-Exit codes: 0 done; 2 bad input or a target out of reach; 3 the derived network misses the target (only with
-`--derive paper`); 130 interrupted (Ctrl-C) and 143 terminated, after a checkpoint. Anything else is a bug and shows
-a traceback.
+Exit codes: 0 done; 1 the search failed (loss not finite, not enough memory); 2 bad input or a target out of reach;
+3 the derived network misses the target (only with `--derive paper`), or a `--strict` check does not hold;
+130 interrupted (Ctrl-C) and 143 terminated, after a checkpoint. Anything else is a bug and shows a traceback.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentError
 
 from tfnas.cli.codes import BAD_INPUT, INTERRUPTED
+from tfnas.cli.functions import run_function
 
 COMMANDS = {
+    "search": "search a network that meets a latency target (also `tfnas-search`)",
+    "scale": "fit an architecture's widths to a latency target by a table",
+    "lut": "measure, check, show, compare and convert latency tables",
     "info": "versions, devices and backends; facts about an architecture file",
 }
 _USAGE = """usage: tfnas COMMAND [options]     (tfnas COMMAND --help shows the options)
@@ -27,7 +31,8 @@ Search for a network that meets a latency target (TF-NAS, ECCV 2020).
 commands:
 {commands}
 
-exit codes: 0 done, 2 bad input or impossible target, 3 target missed (--derive paper), 130 interrupted, 143 terminated
+exit codes: 0 done, 1 search failed, 2 bad input or impossible target, 3 target missed (--derive paper) or a --strict
+check not held, 130 interrupted, 143 terminated
 """
 
 
@@ -57,10 +62,17 @@ def search_main() -> int:
 
 
 def run_command(command: str, arguments: Sequence[str]) -> int:
-    """Run one subcommand's `run(arguments) -> int`, turning input errors into one message and exit code 2."""
+    """Run one subcommand, turning input errors into one message and exit code 2.
+
+    A module of this package has either `run(arguments) -> int` or a function of the command's name, whose parameters
+    become options.
+    """
     try:
-        code: int = importlib.import_module(f"tfnas.cli.{command}").run(list(arguments))
-        return code
+        module = importlib.import_module(f"tfnas.cli.{command}")
+        if hasattr(module, "run"):
+            code: int = module.run(list(arguments))
+            return code
+        return run_function(f"tfnas {command}", getattr(module, command), list(arguments))
     except KeyboardInterrupt:
         print(f"tfnas {command}: interrupted", file=sys.stderr)
         return INTERRUPTED

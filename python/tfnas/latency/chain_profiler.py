@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from tfnas.latency.chain import ChainTimer, Pass, Section, Sections
 from tfnas.latency.engine import Engine
@@ -115,11 +114,8 @@ class ChainProfiler:
 
     def warm(self, sections: Sections, passes: int = 3) -> None:
         """Run a chain untimed: kernels are chosen and compiled, memory is allocated."""
-        with torch.inference_mode():
-            for _ in range(passes):
-                x = self._input
-                for section in sections:
-                    x = section(x)
+        for _ in range(passes):
+            self.timer.run(sections, self._input)
 
     def _visit(self, waiting: Sequence[Config]) -> None:
         queues: dict[Kind, list[Config]] = {}

@@ -1,0 +1,273 @@
+"""`search(config)`: from data and a target latency to a derived network in a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tfnas.architecture import (
+    Architecture,
+    architecture_to_dict,
+    count_multiply_adds,
+    count_parameters,
+    save_architecture,
+)
+from tfnas.bilevel import BilevelSearch
+from tfnas.checkpoint import has_checkpoint, load_checkpoint
+from tfnas.config import ConfigError, SearchConfig
+from tfnas.data import DataBundle, DataOptions, build_data
+from tfnas.derive import Derivation, derive, derive_within_target, kept_layers
+from tfnas.latency.lut import LatencyTable
+from tfnas.progress import Callback, Record, default_progress
+from tfnas.run import ARCHITECTURE_FILE, METRICS_FILE, TABLE_FILE, MetricsFile, RunFolder
+from tfnas.scaling import fit_widths
+from tfnas.space import Space
+from tfnas.space_io import load_space
+from tfnas.supernet import Supernet
+from tfnas.target import Target, choose_target, measured_latency_ms, obtain_table
+from tfnas.versions import software_versions
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search ends with.
+
+    `met` says whether `lut_latency_ms` is at most the target and within `tolerance` of it. `measured_latency_ms` is
+    None where the table is not from this machine. `repaired`: the strongest network could not meet the target at any
+    width, and `architecture` is the most probable one that can.
+    """
+
+    architecture: Architecture
+    target_latency_ms: float
+    reachable_range_ms: tuple[float, float]
+    lut_latency_ms: float
+    measured_latency_ms: float | None
+    repaired: bool
+    met: bool
+    folder: Path
+    supernet: Supernet
+
+
+def search(config: SearchConfig, callbacks: Sequence[Callback] | None = None) -> SearchResult:
+    """Run or resume a search; the run folder holds everything that it finds.
+
+    Args:
+        config: What to search, where and how; see `SearchConfig`.
+        callbacks: Who is told; None shows progress on standard output.
+
+    Raises:
+        ConfigError (a ValueError): a configuration that cannot be used; `TargetOutOfReach` among them.
+        ValueError, OSError: data, table, space or checkpoint that cannot be used; the message says which and why.
+        SearchInterrupted (a KeyboardInterrupt): stopped by a signal, after a checkpoint.
+        SearchFailed: a loss that is not finite, or not enough memory.
+
+    On a CPU the result repeats bit for bit with the same configuration, table and number of threads (measured
+    latencies aside).
+    """
+    callbacks = [default_progress()] if callbacks is None else list(callbacks)
+    start_s = time.monotonic()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    with ExitStack() as stack:
+        for callback in callbacks:
+            stack.callback(callback.close)
+        folder = stack.enter_context(RunFolder.open(config))
+        config = dataclasses.replace(config, output=str(folder.path))
+        say = _Announce(callbacks)
+        state = _stored_state(config, folder, device, say)
+        data_space = load_space(config.space, _space_overrides(config))
+        data = build_data(data_options(config, data_space, device), config.seed)
+        for text in data.skipped:
+            say(text)
+        space = dataclasses.replace(data_space, num_classes=config.num_classes or data.num_classes)
+        table = obtain_table(config, space, device, folder.path / TABLE_FILE, say)
+        target = choose_target(space, table, config.target_latency_ms)
+        supernet = make_supernet(config, dataclasses.replace(space, num_classes=data.num_classes), device)
+        metrics = MetricsFile(folder.path / METRICS_FILE, state["metrics_bytes"] if state else 0)
+        stack.callback(metrics.close)
+        loop = BilevelSearch(config, supernet, data, table, target, folder.path, metrics, callbacks, state)
+        start = _start_record(config, loop, data, device)
+        if state is None:
+            metrics.append(start)
+        for callback in callbacks:
+            callback.on_start(start)
+        loop.run()
+        result, end = _end(config, supernet, space, table, target, folder.path, say)
+        end["seconds"] = time.monotonic() - start_s
+        metrics.append(end)
+        for callback in callbacks:
+            callback.on_end(end)
+    return result
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a device, else the CPU. A `ConfigError` says why a named device cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {name} asked for, but this torch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs"
+        )
+    return device
+
+
+def data_options(config: SearchConfig, space: Space, device: torch.device) -> DataOptions:
+    """The data layer's options: images as the space takes them."""
+    values = dataclasses.asdict(config.dataset)
+    if config.data == "fake" and isinstance(config.dataset.classes, int):
+        values["num_classes"] = config.dataset.classes
+    for key in ("color_jitter", "mean", "std"):
+        values[key] = None if values[key] is None else tuple(values[key])
+    return DataOptions(
+        source=config.data,
+        batch_size=config.batch_size,
+        resolution=space.resolution,
+        image_channels=space.image_channels,
+        device=str(device),
+        **values,
+    )
+
+
+def make_supernet(config: SearchConfig, space: Space, device: torch.device) -> Supernet:
+    """A supernet with weights drawn by the seed; torch's global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        supernet = Supernet(space, engine=config.engine)
+    return supernet.to(device)
+
+
+class _Announce:
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = callbacks
+
+    def __call__(self, text: str) -> None:
+        for callback in self._callbacks:
+            callback.on_message(text)
+
+
+def _space_overrides(config: SearchConfig) -> dict[str, Any]:
+    overrides = {"resolution": config.resolution, "image_channels": config.image_channels}
+    return {key: value for key, value in overrides.items() if value is not None}
+
+
+def _stored_state(
+    config: SearchConfig, folder: RunFolder, device: torch.device, say: _Announce
+) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if `resume` is on and there is one; its number of threads is taken over."""
+    if not config.resume or not has_checkpoint(folder.path):
+        return None
+    state, remarks = load_checkpoint(folder.path, device)
+    for remark in remarks:
+        say(f"warning: {remark}; going on from the checkpoint before")
+    if state["threads"] != torch.get_num_threads():
+        say(f"{state['threads']} CPU threads, as the run had before the interruption")
+        torch.set_num_threads(state["threads"])
+    return state
+
+
+def _start_record(config: SearchConfig, loop: BilevelSearch, data: DataBundle, device: torch.device) -> Record:
+    return {
+        "kind": "start",
+        "output": config.output,
+        "space": config.space,
+        "data": config.data,
+        "train_images": data.train.num_images,
+        "held_out_images": data.held_out.num_images,
+        "num_classes": data.num_classes,
+        "engine": loop.supernet.engine.name,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "seed": config.seed,
+        "reachable_range_ms": list(loop.target.reachable_range_ms),
+        "target_latency_ms": loop.target.target_latency_ms,
+        "target_is_midpoint": loop.target.is_midpoint,
+        "epochs": config.epochs,
+        "warmup_epochs": config.warmup_epochs,
+        "steps_per_epoch": loop.steps_per_epoch,
+        "step": loop.step,
+        "versions": software_versions(),
+    }
+
+
+def _end(
+    config: SearchConfig,
+    supernet: Supernet,
+    space: Space,
+    table: LatencyTable,
+    target: Target,
+    folder: Path,
+    say: _Announce,
+) -> tuple[SearchResult, Record]:
+    """Derive the network, measure it, write it down."""
+    found = _derivation(config, supernet, space, table, target)
+    arch = found.architecture
+    say("measuring the derived network")
+    measured, not_measured_because = measured_latency_ms(arch, table)
+    facts: Record = {
+        "target_latency_ms": target.target_latency_ms,
+        "lut_latency_ms": found.lut_latency_ms,
+        "measured_latency_ms": measured,
+        "repaired": found.repaired,
+    }
+    details: dict[str, Any] = {"reachable_range_ms": list(target.reachable_range_ms), "tolerance": config.tolerance}
+    if not_measured_because:
+        details["not_measured_because"] = not_measured_because
+    unrepaired = None
+    if found.unrepaired is not None:
+        unrepaired = {"lut_latency_ms": found.unrepaired_latency_ms, **architecture_to_dict(found.unrepaired)}
+    save_architecture(
+        folder / ARCHITECTURE_FILE,
+        arch,
+        **facts,
+        unrepaired=unrepaired,
+        seed=config.seed,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions={name: version for name, version in software_versions().items() if version is not None},
+        details=details,
+    )
+    record = {
+        "kind": "end",
+        **facts,
+        "not_measured_because": not_measured_because,
+        "multiply_adds": count_multiply_adds(arch),
+        "parameters": count_parameters(arch),
+        "architecture_file": str(folder / ARCHITECTURE_FILE),
+    }
+    result = SearchResult(
+        architecture=arch,
+        target_latency_ms=target.target_latency_ms,
+        reachable_range_ms=target.reachable_range_ms,
+        lut_latency_ms=found.lut_latency_ms,
+        measured_latency_ms=measured,
+        repaired=found.repaired,
+        met=found.is_within(target.target_latency_ms, config.tolerance),
+        folder=folder,
+        supernet=supernet,
+    )
+    return result, record
+
+
+def _derivation(
+    config: SearchConfig, supernet: Supernet, space: Space, table: LatencyTable, target: Target
+) -> Derivation:
+    alpha, beta, widths = supernet.log_alpha.detach(), supernet.log_beta.detach(), supernet.widths
+    if config.derive == "repair":
+        return derive_within_target(space, alpha, beta, widths, table, target.target_latency_ms, config.tolerance)
+    scaling = fit_widths(derive(space, alpha, beta, widths), table, target.target_latency_ms)
+    kept = kept_layers(space, alpha, beta)
+    return Derivation(scaling.architecture, scaling.lut_latency_ms, kept, scaling)

@@ -1,0 +1,172 @@
+"""Before the first epoch: the latency table, the reachable range by it, and the target inside that range."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tfnas.architecture import Architecture, Op
+from tfnas.config import ConfigError, ProfileConfig, SearchConfig
+from tfnas.latency.conditions import make_engine, make_timer
+from tfnas.latency.engine import Conditions, EngineUnavailable
+from tfnas.latency.header import device_uuid
+from tfnas.latency.lut import LatencyTable
+from tfnas.latency.lut_io import load_table, save_table
+from tfnas.latency.measure import conditions_of as table_conditions
+from tfnas.latency.measure import measure_network_ms
+from tfnas.latency.profile import ProfileOptions, Progress, build_table
+from tfnas.scaling import reachable_range_ms
+from tfnas.space import Space
+
+# Homogeneous networks bound the range only roughly: another mix of operations may be a little faster or slower.
+_ROUGH_MARGIN = 1.3
+_EXTREME_PASSES = 3
+
+
+class TargetOutOfReach(ConfigError):
+    """No network of the space can have the target latency; the message gives the range that can be reached."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The latency to meet and the range that the space reaches by the table, in ms."""
+
+    target_latency_ms: float
+    reachable_range_ms: tuple[float, float]
+    is_midpoint: bool
+
+
+def choose_target(space: Space, table: LatencyTable, target_latency_ms: float | None) -> Target:
+    """The target in ms, None meaning the middle of the reachable range. Raises `TargetOutOfReach`."""
+    low, high = reachable_range_ms(space, table)
+    if target_latency_ms is None:
+        return Target((low + high) / 2, (low, high), True)
+    if not low <= target_latency_ms <= high:
+        raise TargetOutOfReach(
+            f"target_latency_ms {target_latency_ms:g} is out of reach: networks of space {space.name!r} have "
+            f"{low:.4f} to {high:.4f} ms by the latency table"
+        )
+    return Target(target_latency_ms, (low, high), False)
+
+
+def obtain_table(
+    config: SearchConfig, space: Space, device: torch.device, file: Path, say: Callable[[str], None]
+) -> LatencyTable:
+    """The table in `file` if a run already has one, else `config.lut`, else one measured here; kept in `file`.
+
+    Raises `LatencyTableError` where it does not cover the space, `TargetOutOfReach` where measuring the extreme
+    networks alone shows that no table could help.
+    """
+    if file.is_file():
+        table = load_table(file)
+    elif config.lut is not None:
+        table = load_table(config.lut)
+    else:
+        conditions = conditions_of(config.profile, device)
+        if config.target_latency_ms is not None:
+            check_rough_range(space, conditions, config.target_latency_ms)
+        table = measure_table(space, config.profile, conditions, file, config.seed, say)
+    table.require_space(space)
+    save_table(file, table)
+    return table
+
+
+def measure_table(
+    space: Space, profile: ProfileConfig, conditions: Conditions, file: Path, seed: int, say: Callable[[str], None]
+) -> LatencyTable:
+    """Measure a table; samples are kept beside `file` until it is done, so that an interrupted build goes on."""
+    say(
+        f"measuring a latency table of space {space.name!r} for about {profile.budget_s:.0f} s: {conditions.engine} on "
+        f"{conditions.device}, batch {conditions.batch}, {conditions.threads} threads"
+    )
+    partial = file.with_name(f"{file.stem}.partial.json")
+    options = ProfileOptions(conditions=conditions, budget_s=profile.budget_s, seed=seed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = build_table(space, options, partial=partial, progress=_Announcer(say))
+    for warning in caught:
+        say(str(warning.message))
+    save_table(file, table)
+    partial.unlink(missing_ok=True)
+    return table
+
+
+def conditions_of(profile: ProfileConfig, device: torch.device) -> Conditions:
+    """Under what latencies are measured."""
+    return Conditions(
+        device=str(device),
+        engine=profile.engine,
+        batch=profile.batch_size,
+        threads=profile.threads,
+        dtype=profile.dtype,
+        layout=profile.layout,
+    )
+
+
+def check_rough_range(space: Space, conditions: Conditions, target_latency_ms: float) -> None:
+    """Measure the extreme networks only (seconds, where a table takes minutes); raises `TargetOutOfReach`."""
+    low, high = rough_range_ms(space, conditions)
+    if not low / _ROUGH_MARGIN <= target_latency_ms <= high * _ROUGH_MARGIN:
+        raise TargetOutOfReach(
+            f"target_latency_ms {target_latency_ms:g} is out of reach: the smallest and largest networks of space "
+            f"{space.name!r} take about {low:.4g} to {high:.4g} ms here ({conditions.engine} on {conditions.device}, "
+            f"batch {conditions.batch}, {conditions.threads} threads)"
+        )
+
+
+def rough_range_ms(space: Space, conditions: Conditions) -> tuple[float, float]:
+    """Latency in ms of the fastest shallow and the slowest deep network made of one candidate throughout."""
+    engine, timer = make_engine(space, conditions), make_timer(conditions)
+    x = engine.input()
+
+    def measured_ms(arch: Architecture) -> float:
+        network = engine.network(arch)
+        timer.run(network, x)
+        return min(timer.run(network, x).total_ms for _ in range(_EXTREME_PASSES))
+
+    smallest, largest = zip(*extreme_architectures(space), strict=True)
+    return min(map(measured_ms, smallest)), max(map(measured_ms, largest))
+
+
+def extreme_architectures(space: Space) -> Iterator[tuple[Architecture, Architecture]]:
+    """For every candidate: the shallowest network at minimum widths and the deepest at maximum widths."""
+    for c, candidate in enumerate(space.candidates):
+        if candidate.is_skip:
+            continue
+        stages = space.layers_of_stage
+        smallest = tuple((Op.of(layers[0], c, layers[0].min_width(c)),) for layers in stages)
+        largest = tuple(tuple(Op.of(layer, c, layer.max_width(c)) for layer in layers) for layers in stages)
+        yield Architecture(space, smallest), Architecture(space, largest)
+
+
+def measured_latency_ms(arch: Architecture, table: LatencyTable) -> tuple[float | None, str | None]:
+    """Latency in ms of the whole network under the table's conditions, or None and the reason why it was not measured.
+
+    A table of another machine says nothing about this one: then nothing is measured.
+    """
+    header = table.header
+    if not header.get("device_uuid"):
+        return None, "the latency table does not say which device it was measured on"
+    conditions = table_conditions(header)
+    try:
+        if header["device_uuid"] != device_uuid(conditions.device):
+            return None, f"the latency table was measured on another device ({header.get('device')})"
+        return measure_network_ms(arch, conditions).median_ms, None
+    except (EngineUnavailable, RuntimeError) as error:
+        return None, str(error)
+
+
+class _Announcer:
+    """Says how far a build is, not more often than every tenth of it."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._next = say, 0.1
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.share >= self._next:
+            self._next = progress.share + 0.1
+            self._say(f"latency table: {100 * progress.share:.0f} %, about {progress.seconds_left:.0f} s left")
