@@ -1,0 +1,291 @@
+// Forward: y2 by one of the two designs, then squeeze and excitation, project, third batch norm and residual.
+#pragma once
+
+#include "cpu/mbinvres_image.h"
+#include "cpu/mbinvres_se.h"
+
+namespace tfnas::TFNAS_ISA {
+
+template <class T>
+inline NormView<T> norm_at(const NormView<T>& norm, int64_t channel) {
+  auto at = [channel](const T* data) { return data ? data + channel : nullptr; };
+  return {at(norm.weight), at(norm.bias), at(norm.mean), at(norm.var)};
+}
+template <class T>
+inline T* offset(T* data, int64_t count) {
+  return data ? data + count : nullptr;
+}
+
+// Strips: BN1 folded into the expand weights, from the moments of x (training) or given statistics.
+template <class T>
+inline void fold_expand(const LayerPlan<T>& plan, const CandidatePlan<T>& c, bool training, double eps,
+                        const BatchStatistics<T>& statistics, const Threads& threads) {
+  const Geometry& g = plan.g;
+  const NormView<T>& norm = c.weights->bn1;
+  if (!training) given_norm(norm, c.width, c.padded, eps, c.mean1, c.rstd1, c.gain1, c.bias1);
+  parallel(threads, [&](int thread) {
+    const Range range = share(c.planes, thread, threads.count);
+    for (int64_t plane = range.begin; plane < range.end; ++plane) {
+      T* w = c.folded + plane * g.ci * kLanes;
+      const int64_t channel = plane * kLanes;
+      pack_plane(c.weights->expand, c.width, plane, g.in_channels, g.ci, w);
+      if (training) {
+        auto mean = splat(T(0)), var = mean;
+        for (int64_t i = 0; i < g.in_channels; ++i) {
+          auto product = splat(T(0));
+          for (int64_t j = 0; j < g.in_channels; ++j)
+            product = fma(splat(plan.covariance[i * g.ci + j]), load(w + j * kLanes), product);
+          var = fma(product, load(w + i * kLanes), var);
+          mean = fma(load(w + i * kLanes), splat(plan.mean_x[i]), mean);
+        }
+        double sum[kLanes], squares[kLanes];
+        T lanes[kLanes];
+        store(lanes, mean);
+        for (int64_t i = 0; i < kLanes; ++i) sum[i] = lanes[i];
+        store(lanes, var);
+        for (int64_t i = 0; i < kLanes; ++i) squares[i] = lanes[i] + sum[i] * sum[i];
+        finish_norm(sum, squares, 1, c.width - channel, kLanes, norm_at(norm, channel), eps,
+                    c.mean1 + channel, c.rstd1 + channel, c.gain1 + channel, c.bias1 + channel,
+                    offset(statistics.mean1, channel), offset(statistics.var1, channel));
+      }
+      const auto scale = mul(load(c.gain1 + channel), load(c.rstd1 + channel));
+      for (int64_t i = 0; i < g.ci; ++i) store(w + i * kLanes, mul(load(w + i * kLanes), scale));
+      store(c.bias1 + channel, sub(load(c.bias1 + channel), mul(scale, load(c.mean1 + channel))));
+    }
+  });
+}
+
+// Mean over an image of a2 for planes of one chunk.
+template <class T>
+inline void pool_plane(const Geometry& g, const CandidatePlan<T>& c, int64_t plane, int64_t n) {
+  const int64_t channel = plane * kLanes;
+  const T* y2 = c.y2 + (plane * g.m2 + n * g.out_pixels) * kLanes;
+  const auto mean = load(c.mean2 + channel), bias = load(c.bias2 + channel),
+             scale = mul(load(c.gain2 + channel), load(c.rstd2 + channel));
+  with_act(g.act, [&](auto act) {
+    auto total = splat(T(0));
+    for (int64_t m0 = 0; m0 < g.out_pixels; m0 += kNarrowBlock) {
+      auto sum = splat(T(0));
+      for (int64_t m = m0; m < minimum(m0 + kNarrowBlock, g.out_pixels); ++m)
+        sum = add(sum, activate<T, decltype(act)::value>(fma(sub(load(y2 + m * kLanes), mean), scale, bias)));
+      total = add(total, sum);
+    }
+    store(c.pooled + n * c.padded + channel, mul(total, splat(T(1) / static_cast<T>(g.out_pixels))));
+  });
+}
+
+// Channels: everything up to y2 for one chunk and the whole batch.
+template <class T>
+inline void forward_channels(const LayerPlan<T>& plan, const CandidatePlan<T>& c, Chunk chunk, const T* x,
+                             double eps, const BatchStatistics<T>& statistics) {
+  const Geometry& g = plan.g;
+  Scratch scratch;
+  const int64_t taps = c.kernel * c.kernel, channel = chunk.plane * kLanes;
+  T* expand = scratch.take<T>(chunk.planes * g.ci * kLanes);
+  T* depthwise = scratch.take<T>(chunk.planes * taps * kLanes);
+  for (int v = 0; v < chunk.planes; ++v) {
+    pack_plane(c.weights->expand, c.width, chunk.plane + v, g.in_channels, g.ci, expand + v * g.ci * kLanes);
+    pack_depthwise(c, chunk.plane + v, depthwise + v * taps * kLanes, static_cast<T*>(nullptr));
+  }
+  double sums[2][Blocking<T>::planes * kLanes] = {};
+  PlaneMoments<T> moments[Blocking<T>::planes];
+  for (int64_t m0 = 0; m0 < g.m; m0 += kBlock) {
+    const int64_t block = minimum(kBlock, g.m - m0);
+    T* y1 = c.h1 + (chunk.plane * g.m + m0) * kLanes;
+    expand_tile<T>(chunk.planes, block, x + m0 * g.ci, g.ci, g.in_channels, expand, g.ci * kLanes, y1,
+                   g.m * kLanes);
+    for (int v = 0; v < chunk.planes; ++v) {
+      const T* values = y1 + v * g.m * kLanes;
+      if (m0 == 0) moments[v].shift = load(values);
+      auto sum = splat(T(0)), squares = sum;
+      const auto shift = moments[v].shift;
+      for (int64_t m = 0; m < block; ++m) {
+        const auto centred = sub(load(values + m * kLanes), shift);
+        sum = add(sum, centred);
+        squares = fma(centred, centred, squares);
+      }
+      moments[v].sum = sum, moments[v].squares = squares, moments[v].pending = block;
+      moments[v].flush(sums[0] + v * kLanes, sums[1] + v * kLanes);
+    }
+  }
+  finish_norm(sums[0], sums[1], g.m, c.width - channel, chunk.planes * kLanes,
+              norm_at(c.weights->bn1, channel), eps, c.mean1 + channel, c.rstd1 + channel, c.gain1 + channel,
+              c.bias1 + channel, offset(statistics.mean1, channel), offset(statistics.var1, channel));
+
+  std::memset(sums, 0, sizeof sums);
+  T* memory = scratch.take<T>(forward_memory<T>(g, c.kernel, g.height));
+  for (int64_t n = 0; n < g.batch; ++n) {
+    forward_image(plan, c, chunk, n, x, ChunkWeights<T>{expand, depthwise, nullptr}, g.height, memory,
+                  moments, n == 0);
+    for (int v = 0; v < chunk.planes; ++v)
+      if (moments[v].pending >= 512 || n + 1 == g.batch)
+        moments[v].flush(sums[0] + v * kLanes, sums[1] + v * kLanes);
+  }
+  finish_norm(sums[0], sums[1], g.m2, c.width - channel, chunk.planes * kLanes,
+              norm_at(c.weights->bn2, channel), eps, c.mean2 + channel, c.rstd2 + channel, c.gain2 + channel,
+              c.bias2 + channel, offset(statistics.mean2, channel), offset(statistics.var2, channel));
+  if (!c.gate) return;
+  for (int v = 0; v < chunk.planes; ++v)
+    for (int64_t n = 0; n < g.batch; ++n) pool_plane(g, c, chunk.plane + v, n);
+}
+
+// Strips: y2 of all images; images and chunks are shared out over the threads.
+template <class T>
+inline void forward_strips(const LayerPlan<T>& plan, const CandidatePlan<T>& c, const T* x, bool training,
+                           double eps, const BatchStatistics<T>& statistics, const Threads& threads) {
+  const Geometry& g = plan.g;
+  Scratch scratch;
+  const int64_t taps = c.kernel * c.kernel;
+  T* depthwise = scratch.take<T>(c.planes * taps * kLanes);
+  for (int64_t plane = 0; plane < c.planes; ++plane)
+    pack_depthwise(c, plane, depthwise + plane * taps * kLanes, static_cast<T*>(nullptr));
+  if (c.expands) fold_expand(plan, c, training, eps, statistics, threads);
+  Chunk* chunks = scratch.take<Chunk>(c.planes);
+  int64_t count = 0;
+  for_chunks<T>(0, c.planes, [&](Chunk chunk) { chunks[count++] = chunk; });
+
+  const int64_t strip_rows = rows_per_strip<T>(g, c.kernel, 1);
+  double* parts = scratch.zeros<double>(threads.count * 2 * c.padded);
+  parallel(threads, [&](int thread) {
+    Scratch local;
+    double* sums = parts + thread * 2 * c.padded;
+    T* memory = local.take<T>(forward_memory<T>(g, c.kernel, strip_rows));
+    PlaneMoments<T>* moments = local.take<PlaneMoments<T>>(c.planes);
+    for (int64_t i = 0; i < c.planes; ++i) moments[i] = PlaneMoments<T>();
+    const Range range = share(g.batch * count, thread, threads.count);
+    for (int64_t task = range.begin; task < range.end; ++task) {
+      const Chunk chunk = chunks[task % count];
+      const T* expand = c.expands ? c.folded + chunk.plane * g.ci * kLanes : nullptr;
+      forward_image(plan, c, chunk, task / count, x,
+                    ChunkWeights<T>{expand, depthwise + chunk.plane * taps * kLanes, nullptr}, strip_rows,
+                    memory, moments + chunk.plane, task < range.begin + count);
+      for (int64_t plane = chunk.plane; plane < chunk.plane + chunk.planes; ++plane)
+        moments[plane].flush(sums + plane * kLanes, sums + c.padded + plane * kLanes);
+    }
+  });
+  if (training) {
+    for (int t = 1; t < threads.count; ++t)
+      for (int64_t i = 0; i < 2 * c.padded; ++i) parts[i] += parts[t * 2 * c.padded + i];
+    finish_norm(parts, parts + c.padded, g.m2, c.width, c.padded, c.weights->bn2, eps, c.mean2, c.rstd2,
+                c.gain2, c.bias2, statistics.mean2, statistics.var2);
+  } else {
+    given_norm(c.weights->bn2, c.width, c.padded, eps, c.mean2, c.rstd2, c.gain2, c.bias2);
+  }
+  if (!c.gate) return;
+  parallel(threads, [&](int thread) {
+    const Range range = share(g.batch * c.planes, thread, threads.count);
+    for (int64_t task = range.begin; task < range.end; ++task)
+      pool_plane(g, c, task % c.planes, task / c.planes);
+  });
+}
+
+// z of pixels [m0, m0 + count) of image n (any image without SE) as a tile of the chunk.
+template <class T>
+inline void load_projected(const Geometry& g, const CandidatePlan<T>& c, Chunk chunk, int64_t m0,
+                           int64_t count, int64_t n, T* tile) {
+  with_act(g.act, [&](auto act) {
+    constexpr Act A = decltype(act)::value;
+    for (int v = 0; v < chunk.planes; ++v) {
+      const int64_t channel = (chunk.plane + v) * kLanes;
+      const T* y2 = c.y2 + ((chunk.plane + v) * g.m2 + m0) * kLanes;
+      T* out = tile + v * kBlock * kLanes;
+      const auto mean = load(c.mean2 + channel), bias = load(c.bias2 + channel),
+                 scale = mul(load(c.gain2 + channel), load(c.rstd2 + channel));
+      if (c.gate) {
+        const auto gate = load(c.gate + n * c.padded + channel);
+        for (int64_t m = 0; m < count; ++m)
+          store(out + m * kLanes,
+                mul(activate<T, A>(fma(sub(load(y2 + m * kLanes), mean), scale, bias)), gate));
+      } else {
+        for (int64_t m = 0; m < count; ++m)
+          store(out + m * kLanes, activate<T, A>(fma(sub(load(y2 + m * kLanes), mean), scale, bias)));
+      }
+    }
+  });
+}
+
+// Calls f(first pixel, pixels, image) for blocks of [begin, end) that stay within one image.
+template <class F>
+TFNAS_INLINE void for_blocks(const Geometry& g, bool within_images, int64_t begin, int64_t end, F&& f) {
+  for (int64_t m0 = begin; m0 < end;) {
+    const int64_t n = m0 / g.out_pixels;
+    const int64_t stop = within_images ? minimum(end, (n + 1) * g.out_pixels) : end;
+    const int64_t count = minimum(kBlock, stop - m0);
+    f(m0, count, n);
+    m0 += count;
+  }
+}
+
+// The project weights as rows [width][co]: in place where they already are.
+template <class T>
+inline const T* project_rows_of(const Geometry& g, const CandidatePlan<T>& c, Scratch& scratch,
+                                const Threads& threads) {
+  const Weight<const T>& weight = c.weights->project;
+  if (weight.stride == 1 && weight.mid_stride == g.co) return weight.data;
+  T* rows = scratch.take<T>(c.padded * g.co);
+  parallel(threads, [&](int thread) {
+    const Range range = share(c.padded, thread, threads.count);
+    pack_rows(weight, c.width, range.begin, range.end, g.out_channels, g.co, rows);
+  });
+  return rows;
+}
+
+// y3 and BN3's statistics.
+template <class T>
+inline void forward_project(const LayerPlan<T>& plan, const CandidatePlan<T>& c, bool training, double eps,
+                            const BatchStatistics<T>& statistics, const Threads& threads) {
+  const Geometry& g = plan.g;
+  Scratch scratch;
+  const T* rows = project_rows_of(g, c, scratch, threads);
+  double* parts = scratch.zeros<double>(threads.count * 2 * g.co);
+  parallel(threads, [&](int thread) {
+    Scratch local;
+    T* tile = local.take<T>(Blocking<T>::planes * kBlock * kLanes);
+    double* sums = parts + thread * 2 * g.co;
+    const Range range = share(g.m2, thread, threads.count);
+    for_blocks(g, c.gate != nullptr, range.begin, range.end, [&](int64_t m0, int64_t count, int64_t n) {
+      T* y3 = c.y3 + m0 * g.co;
+      for_chunks<T>(0, c.planes, [&](Chunk chunk) {
+        load_projected(g, c, chunk, m0, count, n, tile);
+        const int64_t channel = chunk.plane * kLanes;
+        project_tile<T>(count, g.co, tile, kBlock * kLanes, minimum(chunk.planes * kLanes, c.width - channel),
+                        rows + channel * g.co, g.co, y3, g.co, channel > 0);
+      });
+      if (training) add_moments(y3, g.co, count, g.co, sums, sums + g.co);
+    });
+  });
+  if (!training)
+    return given_norm(c.weights->bn3, g.out_channels, g.co, eps, c.mean3, c.rstd3, c.gain3, c.bias3);
+  for (int t = 1; t < threads.count; ++t)
+    for (int64_t i = 0; i < 2 * g.co; ++i) parts[i] += parts[t * 2 * g.co + i];
+  finish_norm(parts, parts + g.co, g.m2, g.out_channels, g.co, c.weights->bn3, eps, c.mean3, c.rstd3, c.gain3,
+              c.bias3, statistics.mean3, statistics.var3);
+}
+
+template <class T>
+inline void run_forward(const Layer<T>& layer, const T* x, T* out, T* saved,
+                        const BatchStatistics<T>& statistics, bool training, const Threads& threads) {
+  Scratch scratch;
+  LayerPlan<T>& plan = *scratch.take<LayerPlan<T>>(1);
+  make_plan(layer, saved, plan);
+  const Geometry& g = plan.g;
+  const T* padded = padded_narrow(x, g.m, g.in_channels, g.ci, scratch, threads);
+  if (training && plan.covariance) moments(g, padded, plan.mean_x, plan.covariance, threads);
+  for (int i = 0; i < plan.count; ++i) {
+    const CandidatePlan<T>& c = plan.candidates[i];
+    if (plan.design == Design::channels) {
+      parallel(threads, [&](int thread) {
+        const Range range = share(c.planes, thread, threads.count);
+        for_chunks<T>(range.begin, range.end,
+                      [&](Chunk chunk) { forward_channels(plan, c, chunk, padded, layer.eps, statistics); });
+      });
+    } else {
+      forward_strips(plan, c, padded, training, layer.eps, statistics, threads);
+    }
+    if (c.gate) forward_se(g, c, threads);
+    forward_project(plan, c, training, layer.eps, statistics, threads);
+  }
+  finish_output(plan, layer.mix, layer.residual ? padded : nullptr, out, threads);
+}
+
+}  // namespace tfnas::TFNAS_ISA

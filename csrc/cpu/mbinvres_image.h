@@ -1,0 +1,219 @@
+// One image and one chunk of mid channels, in strips of rows that stay in the cache: what both designs share.
+#pragma once
+
+#include "cpu/mbinvres_activations.h"
+#include "cpu/mbinvres_depthwise.h"
+#include "cpu/mbinvres_gemm.h"
+#include "cpu/mbinvres_narrow.h"
+#include "cpu/mbinvres_plan.h"
+
+namespace tfnas::TFNAS_ISA {
+
+constexpr int64_t kBlock = 128;  // pixels of a tile that stays in L1
+
+// The last rows of a map per plane, at columns -pad .. width + pad - 1; the side columns are zero.
+template <class T>
+struct Ring {
+  T* data;
+  int64_t rows, row, plane, pad;
+
+  static int64_t size(int planes, int64_t rows, int64_t width, int64_t pad) {
+    return planes * rows * (width + 2 * pad) * kLanes;
+  }
+  Ring(T* memory, int planes, int64_t ring_rows, int64_t width, int64_t side)
+      : data(memory), rows(ring_rows), row((width + 2 * side) * kLanes), plane(ring_rows * row), pad(side) {
+    for (int64_t i = 0; i < planes * rows; ++i) {
+      std::memset(data + i * row, 0, pad * kLanes * sizeof(T));
+      std::memset(data + (i + 1) * row - pad * kLanes, 0, pad * kLanes * sizeof(T));
+    }
+  }
+  T* at(int64_t v, int64_t y) const { return data + v * plane + y % rows * row; }  // column -pad
+  T* pixel(int64_t v, int64_t y, int64_t x) const { return at(v, y) + (pad + x) * kLanes; }
+};
+
+// Rows of the input taken per strip: three planes of `buffers` maps shall fill about a third of a 1 MiB L2.
+template <class T>
+inline int64_t rows_per_strip(const Geometry& g, int kernel, int buffers) {
+  const int64_t row = (g.width + 2 * (kernel / 2)) * kLanes * static_cast<int64_t>(sizeof(T));
+  int64_t rows = 320 * 1024 / (row * Blocking<T>::planes * buffers) - kernel;
+  rows = maximum<int64_t>(2 * g.stride, rows);
+  return minimum(rows - rows % g.stride, g.height);
+}
+
+// Output rows of the depthwise convolution that input rows 0 .. rows - 1 complete.
+inline int64_t completed_rows(const Geometry& g, int kernel, int64_t rows) {
+  if (rows == g.height) return g.out_height;
+  const int64_t last = rows + kernel / 2 - kernel;
+  return last < 0 ? 0 : minimum(g.out_height, last / g.stride + 1);
+}
+
+// Calls f(i, length, y, x) for the runs within rows of pixels first .. first + count - 1; i counts from 0.
+template <class F>
+TFNAS_INLINE void for_runs(int64_t first, int64_t count, int64_t width, F&& f) {
+  int64_t y = first / width, x = first % width;
+  for (int64_t i = 0; i < count;) {
+    const int64_t length = minimum(count - i, width - x);
+    f(i, length, y, x);
+    i += length;
+    ++y, x = 0;
+  }
+}
+
+// Sums in T over a while, then in double: of y and y^2 per channel, made about `shift`.
+template <class T>
+struct PlaneMoments {
+  using V = typename Simd<T>::V;
+  V sum = splat(T(0)), squares = splat(T(0)), shift = splat(T(0));
+  int64_t pending = 0;
+
+  void flush(double* sums, double* sums_of_squares) {
+    T s[kLanes], q[kLanes], k[kLanes];
+    store(s, sum);
+    store(q, squares);
+    store(k, shift);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const double total = s[i], centre = k[i];
+      sums[i] += total + pending * centre;
+      sums_of_squares[i] += q[i] + 2 * centre * total + pending * centre * centre;
+    }
+    sum = squares = splat(T(0));
+    pending = 0;
+  }
+};
+
+template <class T>
+TFNAS_INLINE void add_lanes(typename Simd<T>::V values, double* out) {
+  T lanes[kLanes];
+  store(lanes, values);
+  for (int64_t i = 0; i < kLanes; ++i) out[i] += lanes[i];
+}
+
+// What a chunk needs in either direction. Weights are those of the chunk's first plane.
+template <class T>
+struct ChunkWeights {
+  const T* expand;     // strips: folded, channels: as they are; [planes][ci][16]
+  const T* depthwise;  // [planes][k * k][16]
+  const T* flipped;    // backward, stride 1: the same with rows and columns reversed
+};
+
+template <class T>
+inline void pack_depthwise(const CandidatePlan<T>& c, int64_t plane, T* out, T* flipped) {
+  const int64_t taps = c.kernel * c.kernel;
+  pack_plane(c.weights->depthwise, c.width, plane, taps, taps, out);
+  if (!flipped) return;
+  for (int64_t i = 0; i < taps; ++i) store(flipped + i * kLanes, load(out + (taps - 1 - i) * kLanes));
+}
+
+// a1 of input rows [r0, r1) of image n into the ring.
+template <class T>
+inline void fill_forward(const LayerPlan<T>& plan, const CandidatePlan<T>& c, Chunk chunk, int64_t n,
+                         const T* x, const T* expand, int64_t r0, int64_t r1, const Ring<T>& ring, T* tile) {
+  const Geometry& g = plan.g;
+  const int64_t first = r0 * g.width, count = (r1 - r0) * g.width;
+  if (!c.expands) {
+    for (int v = 0; v < chunk.planes; ++v) {
+      const int64_t channel = (chunk.plane + v) * kLanes;
+      const bool whole = channel + kLanes <= g.ci;
+      for_runs(first, count, g.width, [&](int64_t i, int64_t length, int64_t y, int64_t column) {
+        const T* in = x + (n * g.pixels + first + i) * g.ci + channel;
+        T* out = ring.pixel(v, y, column);
+        for (int64_t j = 0; j < length; ++j) {
+          if (whole) {
+            store(out + j * kLanes, load(in + j * g.ci));
+          } else {
+            store(out + j * kLanes, load_half(in + j * g.ci));
+            store(out + j * kLanes + 8, splat_half(T(0)));
+          }
+        }
+      });
+    }
+    return;
+  }
+  with_act(g.act, [&](auto act) {
+    constexpr Act A = decltype(act)::value;
+    if (plan.design == Design::channels) {
+      for (int v = 0; v < chunk.planes; ++v) {
+        const int64_t channel = (chunk.plane + v) * kLanes;
+        const auto mean = load(c.mean1 + channel), rstd = load(c.rstd1 + channel),
+                   gain = load(c.gain1 + channel), bias = load(c.bias1 + channel);
+        T* h = c.h1 + ((chunk.plane + v) * g.m + n * g.pixels + first) * kLanes;
+        for_runs(first, count, g.width, [&](int64_t i, int64_t length, int64_t y, int64_t column) {
+          T* out = ring.pixel(v, y, column);
+          for (int64_t j = 0; j < length; ++j) {
+            const auto normalised = mul(sub(load(h + (i + j) * kLanes), mean), rstd);
+            store(h + (i + j) * kLanes, normalised);
+            store(out + j * kLanes, activate<T, A>(fma(normalised, gain, bias)));
+          }
+        });
+      }
+      return;
+    }
+    for (int64_t m0 = 0; m0 < count; m0 += kBlock) {
+      const int64_t block = minimum(kBlock, count - m0);
+      expand_tile<T>(chunk.planes, block, x + (n * g.pixels + first + m0) * g.ci, g.ci, g.in_channels, expand,
+                     g.ci * kLanes, tile, kBlock * kLanes);
+      for (int v = 0; v < chunk.planes; ++v) {
+        const auto bias = load(c.bias1 + (chunk.plane + v) * kLanes);
+        const T* h = tile + v * kBlock * kLanes;
+        for_runs(first + m0, block, g.width, [&](int64_t i, int64_t length, int64_t y, int64_t column) {
+          T* out = ring.pixel(v, y, column);
+          for (int64_t j = 0; j < length; ++j)
+            store(out + j * kLanes, activate<T, A>(add(load(h + (i + j) * kLanes), bias)));
+        });
+      }
+    }
+  });
+}
+
+// y2 of image n and its moments. `memory` holds the ring and the tile (forward_memory elements).
+template <class T>
+inline int64_t forward_memory(const Geometry& g, int kernel, int64_t strip_rows) {
+  return Ring<T>::size(Blocking<T>::planes, strip_rows + kernel, g.width, kernel / 2) +
+         (g.width + 2 * kernel) * kLanes + Blocking<T>::planes * kBlock * kLanes;
+}
+template <class T>
+inline void forward_image(const LayerPlan<T>& plan, const CandidatePlan<T>& c, Chunk chunk, int64_t n,
+                          const T* x, const ChunkWeights<T>& weights, int64_t strip_rows, T* memory,
+                          PlaneMoments<T>* moments, bool first_image) {
+  const Geometry& g = plan.g;
+  const int64_t taps = c.kernel * c.kernel;
+  T* zero_row = memory;
+  std::memset(zero_row, 0, (g.width + 2 * c.kernel) * kLanes * sizeof(T));
+  T* tile = zero_row + (g.width + 2 * c.kernel) * kLanes;
+  const Ring<T> ring(tile + Blocking<T>::planes * kBlock * kLanes, chunk.planes, strip_rows + c.kernel,
+                     g.width, c.pad);
+  int64_t done = 0;
+  for (int64_t r0 = 0; r0 < g.height; r0 += strip_rows) {
+    const int64_t r1 = minimum(g.height, r0 + strip_rows), end = completed_rows(g, c.kernel, r1);
+    fill_forward(plan, c, chunk, n, x, weights.expand, r0, r1, ring, tile);
+    with_kernel(c.kernel, g.stride, [&](auto kernel, auto stride) {
+      constexpr int K = decltype(kernel)::value, S = decltype(stride)::value;
+      for (int v = 0; v < chunk.planes; ++v) {
+        T* y2 = c.y2 + ((chunk.plane + v) * g.m2 + n * g.out_pixels) * kLanes;
+        PlaneMoments<T>& plane = moments[v];
+        for (int64_t y = done; y < end; ++y) {
+          const T* in[K];
+          for (int i = 0; i < K; ++i) {
+            const int64_t row = y * S - K / 2 + i;
+            in[i] = row < 0 || row >= g.height ? zero_row : ring.at(v, row);
+          }
+          T* out = y2 + y * g.out_width * kLanes;
+          auto sum = plane.sum, squares = plane.squares;
+          if (first_image && y == 0) {  // any value of the map is a good centre for its sums
+            auto ignored = splat(T(0)), ignored_too = ignored;
+            depthwise_block<T, K, S, 1>(in, weights.depthwise + v * taps * kLanes, 0, out, ignored,
+                                        ignored_too, splat(T(0)));
+            plane.shift = load(out);
+          }
+          depthwise_row<T, K, S>(in, weights.depthwise + v * taps * kLanes, g.out_width, out, sum, squares,
+                                 plane.shift);
+          plane.sum = sum, plane.squares = squares;
+        }
+        plane.pending += (end - done) * g.out_width;
+      }
+    });
+    done = end;
+  }
+}
+
+}  // namespace tfnas::TFNAS_ISA

@@ -1,0 +1,200 @@
+// Sizes of a layer, the layout of what forward saves for backward, and scratch memory.
+#pragma once
+
+#include "cpu/mbinvres.h"
+#include "cpu/mbinvres_simd.h"
+
+namespace tfnas::TFNAS_ISA {
+
+// Scratch of the calling thread, given back at the end of the scope.
+class Scratch {
+ public:
+  Scratch() : mark_(scratch_mark()) {}
+  ~Scratch() { scratch_release(mark_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(scratch_take(count * static_cast<int64_t>(sizeof(T))));
+  }
+  template <class T>
+  T* zeros(int64_t count) {
+    T* data = take<T>(count);
+    std::memset(data, 0, count * sizeof(T));
+    return data;
+  }
+
+ private:
+  int64_t mark_;
+};
+
+template <class F>
+inline void parallel(const Threads& threads, F&& body) {
+  if (threads.count == 1) return body(0);
+  threads.run(
+      threads.count, [](void* arg, int thread) { (*static_cast<F*>(arg))(thread); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+struct Range {
+  int64_t begin, end;
+};
+TFNAS_INLINE Range share(int64_t total, int thread, int count) {
+  return {total * thread / count, total * (thread + 1) / count};
+}
+
+struct Geometry {
+  int64_t batch, height, width, out_height, out_width;
+  int64_t in_channels, out_channels;  // as given
+  int64_t ci, co;                     // padded to multiples of 8
+  int64_t pixels, out_pixels;         // of one image
+  int64_t m, m2;                      // of the batch
+  int stride;
+  Act act;
+};
+
+// A candidate's sizes and its part of the saved memory. Vectors have `padded` entries; channels beyond the
+// width are zero throughout, so that they change nothing.
+template <class T>
+struct CandidatePlan {
+  const Candidate<T>* weights;
+  int64_t width, planes, padded;
+  int kernel, pad;
+  bool expands;
+  T* y2;  // [planes][m2][16]
+  T* h1;  // channels: normalised y1, [planes][m][16]; else null
+  T *mean1, *rstd1, *gain1,
+      *bias1;  // channels: h1 = gain1 * normalised + bias1; strips: h1 = folded x + bias1
+  T *mean2, *rstd2, *gain2, *bias2;
+  T* folded;                         // strips: gain1 rstd1 W1, [planes][ci][16]
+  T* y3;                             // [m2][co]
+  T *mean3, *rstd3, *gain3, *bias3;  // [co]
+  T *pooled, *gate;                  // SE: [batch][padded]
+  T *squeezed, *hidden;              // SE: before and after the activation, [batch][se padded]
+  int64_t se_padded;
+};
+
+template <class T>
+struct LayerPlan {
+  Geometry g;
+  Design design;
+  int count;
+  T *mean_x, *covariance;  // strips: [ci], [ci][ci]
+  CandidatePlan<T> candidates[kMaxCandidates];
+  int64_t saved;
+};
+
+inline Geometry geometry_of(int64_t batch, int64_t height, int64_t width, int64_t in_channels,
+                            int64_t out_channels, int stride, Act act) {
+  Geometry g;
+  g.batch = batch, g.height = height, g.width = width;
+  g.out_height = (height + stride - 1) / stride, g.out_width = (width + stride - 1) / stride;
+  g.in_channels = in_channels, g.out_channels = out_channels;
+  g.ci = round_up(in_channels, 8), g.co = round_up(out_channels, 8);
+  g.pixels = height * width, g.out_pixels = g.out_height * g.out_width;
+  g.m = batch * g.pixels, g.m2 = batch * g.out_pixels;
+  g.stride = stride, g.act = act;
+  return g;
+}
+
+// Lays the saved memory out from `base`; with a null base only the size is of use.
+template <class T>
+inline void make_plan(const Layer<T>& layer, T* base, LayerPlan<T>& plan) {
+  const Geometry& g = plan.g = geometry_of(layer.batch, layer.height, layer.width, layer.in_channels,
+                                           layer.out_channels, layer.stride, layer.act);
+  int64_t used = 0;
+  auto carve = [&](int64_t count) {
+    T* result = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + used * sizeof(T));
+    used += round_up(count, 16);
+    return result;
+  };
+  plan.count = layer.count;
+  plan.design = layer.design == Design::choose ? choose_design(g.m) : layer.design;
+  bool expands = false;
+  for (int i = 0; i < layer.count; ++i) expands = expands || layer.candidates[i].expand.data != nullptr;
+  if (!expands) plan.design = Design::strips;  // no BN1: nothing that a channel group could keep to itself
+  const bool channels = plan.design == Design::channels;
+  plan.mean_x = plan.covariance = nullptr;
+  if (!channels && expands) plan.mean_x = carve(g.ci), plan.covariance = carve(g.ci * g.ci);
+  for (int i = 0; i < layer.count; ++i) {
+    const Candidate<T>& weights = layer.candidates[i];
+    CandidatePlan<T>& c = plan.candidates[i];
+    c.weights = &weights;
+    c.width = weights.width, c.planes = (c.width + kLanes - 1) / kLanes, c.padded = c.planes * kLanes;
+    c.kernel = weights.kernel_size, c.pad = c.kernel / 2;
+    c.expands = weights.expand.data != nullptr;
+    c.y2 = carve(c.planes * g.m2 * kLanes);
+    c.h1 = channels && c.expands ? carve(c.planes * g.m * kLanes) : nullptr;
+    T** vectors[8] = {&c.mean1, &c.rstd1, &c.gain1, &c.bias1, &c.mean2, &c.rstd2, &c.gain2, &c.bias2};
+    for (T** vector : vectors) *vector = carve(c.padded);
+    c.folded = !channels && c.expands ? carve(c.planes * g.ci * kLanes) : nullptr;
+    c.y3 = carve(g.m2 * g.co);
+    T** narrow[4] = {&c.mean3, &c.rstd3, &c.gain3, &c.bias3};
+    for (T** vector : narrow) *vector = carve(g.co);
+    c.pooled = c.gate = c.squeezed = c.hidden = nullptr;
+    c.se_padded = round_up(weights.se_channels, kLanes);
+    if (weights.se_channels > 0) {
+      c.pooled = carve(g.batch * c.padded), c.gate = carve(g.batch * c.padded);
+      c.squeezed = carve(g.batch * c.se_padded), c.hidden = carve(g.batch * c.se_padded);
+    }
+  }
+  plan.saved = used;
+}
+
+// A group of up to Blocking::planes planes of one candidate.
+struct Chunk {
+  int64_t plane;
+  int planes;
+};
+
+// Calls f(chunk) for chunks that cover planes [begin, end); four left over are taken as two and two.
+template <class T, class F>
+TFNAS_INLINE void for_chunks(int64_t begin, int64_t end, F&& f) {
+  constexpr int most = Blocking<T>::planes;
+  for (int64_t plane = begin; plane < end;) {
+    const int64_t rest = end - plane;
+    const int planes = static_cast<int>(most == 3 && rest == 4 ? 2 : minimum<int64_t>(most, rest));
+    f(Chunk{plane, planes});
+    plane += planes;
+  }
+}
+
+// Plane `plane` of weight (mid, j), j < count, as [padded count][16]; zeros beyond the width and the count.
+template <class T>
+inline void pack_plane(Weight<const T> weight, int64_t width, int64_t plane, int64_t count,
+                       int64_t padded_count, T* out) {
+  const int64_t first = plane * kLanes, lanes = minimum<int64_t>(kLanes, width - first);
+  if (lanes < kLanes || padded_count > count) std::memset(out, 0, padded_count * kLanes * sizeof(T));
+  if (weight.mid_stride == 1) {
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t c = 0; c < lanes; ++c) out[j * kLanes + c] = weight.data[first + c + j * weight.stride];
+    return;
+  }
+  for (int64_t c = 0; c < lanes; ++c) {
+    const T* row = weight.data + (first + c) * weight.mid_stride;
+    for (int64_t j = 0; j < count; ++j) out[j * kLanes + c] = row[j * weight.stride];
+  }
+}
+
+// All rows of a weight as [padded width][padded count], the right operand of project_tile.
+template <class T>
+inline void pack_rows(Weight<const T> weight, int64_t width, int64_t begin, int64_t end, int64_t count,
+                      int64_t padded_count, T* out) {
+  for (int64_t c = begin; c < end; ++c) {
+    T* row = out + c * padded_count;
+    for (int64_t j = 0; j < padded_count; ++j)
+      row[j] = c < width && j < count ? weight.data[c * weight.mid_stride + j * weight.stride] : T(0);
+  }
+}
+
+// Rows [begin, end) of a gradient [..][padded count] to where the caller wants it.
+template <class T>
+inline void unpack_rows(const T* in, int64_t padded_count, int64_t count, int64_t begin, int64_t end,
+                        Weight<T> out) {
+  for (int64_t c = begin; c < end; ++c)
+    for (int64_t j = 0; j < count; ++j)
+      out.data[c * out.mid_stride + j * out.stride] = in[c * padded_count + j];
+}
+
+}  // namespace tfnas::TFNAS_ISA

@@ -1,0 +1,78 @@
+"""The module: timm's names, the same numbers as the plain composition, running statistics as nn.BatchNorm2d's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tfnas_ext.nn import MBInvRes
+
+
+def plain(block: MBInvRes, x: torch.Tensor) -> torch.Tensor:
+    """The block's own modules applied one after the other."""
+    act = {"swish": nn.functional.silu, "relu": nn.functional.relu}[block.act]
+    h = x
+    if block.conv_pw is not None:
+        assert block.bn1 is not None
+        h = act(block.bn1(block.conv_pw(x)))
+    h = act(block.bn2(block.conv_dw(h)))
+    if block.se is not None:
+        h = h * torch.sigmoid(block.se.conv_expand(act(block.se.conv_reduce(h.mean((2, 3), keepdim=True)))))
+    h = block.bn3(block.conv_pwl(h))
+    return h + x if block.residual else h
+
+
+@pytest.mark.parametrize("mid", [None, 24])
+@pytest.mark.parametrize("se", [0, 4])
+def test_like_the_plain_composition(mid: int | None, se: int) -> None:
+    torch.manual_seed(1)
+    block = MBInvRes(8, mid, 8, 5, se_channels=se, act="swish").double()
+    twin = MBInvRes(8, mid, 8, 5, se_channels=se, act="swish").double()
+    twin.load_state_dict(block.state_dict())
+    for _ in range(3):
+        x = torch.randn(4, 8, 6, 7, dtype=torch.float64, requires_grad=True)
+        got, want = block(x), plain(twin, x)
+        torch.testing.assert_close(got, want)
+        dout = torch.randn_like(want)
+        for a, b in zip(
+            torch.autograd.grad(got, [x, *block.parameters()], dout),
+            torch.autograd.grad(want, [x, *twin.parameters()], dout),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(block.state_dict()[name], value, msg=name)
+    block.eval()
+    twin.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), plain(twin, x))
+
+
+def test_names_are_timms() -> None:
+    names = {name.rsplit(".", 1)[0] for name in MBInvRes(8, 16, 8, se_channels=2).state_dict()}
+    assert names == {"conv_pw", "bn1", "conv_dw", "bn2", "se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"}
+
+
+def test_width_touches_the_first_channels_only() -> None:
+    torch.manual_seed(2)
+    block = MBInvRes(8, 16, 8, act="swish", width=5)
+    block(torch.randn(4, 8, 6, 7)).sum().backward()
+    assert block.conv_dw.weight.grad is not None
+    assert block.conv_dw.weight.grad[5:].abs().max() == 0
+    assert block.bn2.running_mean is not None
+    assert torch.equal(block.bn2.running_mean[5:], torch.zeros(11))
+    assert block.bn2.running_mean[:5].abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"act": "gelu"}, "act must be one of"),
+        ({"kernel_size": 4}, "kernel_size must be odd"),
+        ({"residual": True, "stride": 2}, "residual needs stride 1"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MBInvRes(8, 16, 8, **arguments)

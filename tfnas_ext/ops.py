@@ -1,0 +1,216 @@
+"""The fused elastic MBInvRes block: the functions of `reference` on native kernels, with autograd and fake kernels.
+
+`mbinvres` and `mbinvres_with_statistics` take what their namesakes in `tfnas_ext.reference` take and give the same
+numbers up to rounding. Statistics and sums are accumulated in float64 from short float32 sums; at a fixed number of
+threads results are the same bits every time. Gradients are differentiable once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfnas_ext import _native, reference
+from tfnas_ext.backends import choose_backend
+from tfnas_ext.reference import BatchStatistics, Norm, SqueezeExcite
+
+WEIGHTS = 13  # tensor arguments of torch.ops.tfnas.mbinvres besides x
+DESIGNS = ("auto", "strips", "channels")
+NATIVE_DTYPES = (torch.float32, torch.float64)
+
+
+def mbinvres(
+    x: Tensor,
+    conv_pw: Tensor | None,
+    conv_dw: Tensor,
+    conv_pwl: Tensor,
+    *,
+    se: SqueezeExcite | None = None,
+    bn1: Norm = Norm(),  # noqa: B008 (immutable)
+    bn2: Norm = Norm(),  # noqa: B008
+    bn3: Norm = Norm(),  # noqa: B008
+    stride: int = 1,
+    act: str = "relu",
+    residual: bool = False,
+    width: int | None = None,
+    training: bool = True,
+    eps: float = 1e-5,
+    backend: str | None = None,
+    design: str = "auto",
+) -> Tensor:
+    """`reference.mbinvres` by the fastest backend that can run the call.
+
+    Args:
+        x: [N, Cin, H, W], channels_last or not (converted once); the result is channels_last.
+        backend: "cuda", "cpu", "reference", or None for the fastest; see `backends.choose_backend`.
+        design: how the CPU kernels walk the block: "strips", "channels", or "auto", the measured rule. For tests.
+
+    The rest and the errors are those of `reference.mbinvres`. Without a backend named, what native kernels do not do is
+    done by the reference: other types than float32 and float64, kernels other than 3, 5 and 7, gradients through
+    running statistics (`training` false), and running statistics in some of the norms only.
+    """
+    norms = (bn1, bn2, bn3) if conv_pw is not None else (bn2, bn3)
+    given = [norm.running_mean is not None for norm in norms]
+    by_batch = training or not any(given)
+    if _runs_native(x, conv_dw, backend, by_batch or _frozen_inference(given, [x, conv_pw, conv_dw, conv_pwl])):
+        tensors = _weights(conv_pw, conv_dw, conv_pwl, se, bn1, bn2, bn3)
+        options = (stride, act, residual, conv_dw.shape[0] if width is None else width, eps)
+        if by_batch:
+            return torch.ops.tfnas.mbinvres(x, *tensors, *options, design)[0]
+        running = [t for norm in (bn1, bn2, bn3) for t in (norm.running_mean, norm.running_var)]
+        return torch.ops.tfnas.mbinvres_inference(x, *tensors, *running, *options)
+    return reference.mbinvres(
+        x,
+        conv_pw,
+        conv_dw,
+        conv_pwl,
+        se=se,
+        bn1=bn1,
+        bn2=bn2,
+        bn3=bn3,
+        stride=stride,
+        act=act,
+        residual=residual,
+        width=width,
+        training=training,
+        eps=eps,
+    )
+
+
+def mbinvres_with_statistics(
+    x: Tensor,
+    conv_pw: Tensor | None,
+    conv_dw: Tensor,
+    conv_pwl: Tensor,
+    *,
+    se: SqueezeExcite | None = None,
+    bn1: Norm = Norm(),  # noqa: B008 (immutable)
+    bn2: Norm = Norm(),  # noqa: B008
+    bn3: Norm = Norm(),  # noqa: B008
+    stride: int = 1,
+    act: str = "relu",
+    residual: bool = False,
+    width: int | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
+    design: str = "auto",
+) -> tuple[Tensor, BatchStatistics]:
+    """`mbinvres` in training, and the detached statistics; as `reference.mbinvres_with_statistics`."""
+    if not _runs_native(x, conv_dw, backend, True):
+        return reference.mbinvres_with_statistics(
+            x,
+            conv_pw,
+            conv_dw,
+            conv_pwl,
+            se=se,
+            bn1=bn1,
+            bn2=bn2,
+            bn3=bn3,
+            stride=stride,
+            act=act,
+            residual=residual,
+            width=width,
+            eps=eps,
+        )
+    used = conv_dw.shape[0] if width is None else width
+    tensors = _weights(conv_pw, conv_dw, conv_pwl, se, bn1, bn2, bn3)
+    out, flat, _ = torch.ops.tfnas.mbinvres(x, *tensors, stride, act, residual, used, eps, design)
+    wide = [used] * (2 if conv_pw is None else 4)
+    parts: list[Tensor | None] = list(flat.split([*wide, conv_pwl.shape[0], conv_pwl.shape[0]]))
+    return out, BatchStatistics(*(parts if conv_pw is not None else [None, None, *parts]))  # type: ignore[arg-type]
+
+
+def _frozen_inference(given: list[bool], tensors: list[Tensor | None]) -> bool:
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return all(given) and not needs_grad
+
+
+def _runs_native(x: Tensor, conv_dw: Tensor, backend: str | None, possible: bool) -> bool:
+    if choose_backend(x.device, backend) == "reference":
+        return False
+    fits = possible and x.dtype in NATIVE_DTYPES and conv_dw.dim() == 4 and conv_dw.shape[-1] in (3, 5, 7)
+    if backend is not None and not fits:
+        raise ValueError(
+            f"backend={backend!r} runs float32 and float64, kernels 3, 5 and 7, and running statistics in all norms "
+            f"without gradients; got {x.dtype}, conv_dw of shape {list(conv_dw.shape)}. Use backend='reference'."
+        )
+    return fits
+
+
+def _weights(
+    conv_pw: Tensor | None,
+    conv_dw: Tensor,
+    conv_pwl: Tensor,
+    se: SqueezeExcite | None,
+    bn1: Norm,
+    bn2: Norm,
+    bn3: Norm,
+) -> list[Tensor | None]:
+    """The operators' 13 tensors."""
+    gate = (None, None, None, None) if se is None else tuple(se)
+    affine = [t for norm in (bn1, bn2, bn3) for t in (norm.weight, norm.bias)]
+    if conv_pw is None:
+        affine[:2] = [None, None]
+    return [conv_pw, conv_dw, conv_pwl, *gate, *affine]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, statistics, saved = output
+    ctx.mark_non_differentiable(statistics, saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], saved, *inputs[1 : 1 + WEIGHTS])
+    ctx.options = inputs[1 + WEIGHTS :]
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    count = 1 + WEIGHTS + len(ctx.options)
+    mask = list(ctx.needs_input_grad[: 1 + WEIGHTS])
+    if dout is None or not any(mask):
+        return (None,) * count
+    x, saved, *weights = ctx.saved_tensors
+    grads = iter(torch.ops.tfnas.mbinvres_backward(dout, x, saved, *weights, *ctx.options, mask))
+    return (*(next(grads) if wanted else None for wanted in mask), *(None,) * len(ctx.options))
+
+
+def _refuse_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "mbinvres is differentiable once: its backward has no gradient. Use backend='reference' for second derivatives."
+    )
+
+
+def _out_size(size: Any, stride: int) -> Any:
+    return (size + stride - 1) // stride
+
+
+def _fake_out(x: Tensor, conv_pwl: Tensor, stride: int) -> Tensor:
+    n, _, h, w = x.shape
+    shape = (n, conv_pwl.shape[0], _out_size(h, stride), _out_size(w, stride))
+    return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def _fake_mbinvres(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    conv_pw, conv_pwl, stride, width = args[0], args[2], args[WEIGHTS], args[WEIGHTS + 3]
+    saved = torch.library.get_ctx().new_dynamic_size()
+    count = (2 if conv_pw is None else 4) * width + 2 * conv_pwl.shape[0]
+    return _fake_out(x, conv_pwl, stride), x.new_empty(count), x.new_empty(saved)
+
+
+def _fake_backward(dout: Tensor, x: Tensor, saved: Tensor, *args: Any) -> list[Tensor]:
+    mask = args[-1]
+    like_x = torch.empty_like(x, memory_format=torch.channels_last)
+    weights = [w.new_empty(w.shape) for w, wanted in zip(args[:WEIGHTS], mask[1:], strict=True) if wanted]
+    return ([like_x] if mask[0] else []) + weights
+
+
+def _fake_inference(x: Tensor, *args: Any) -> Tensor:
+    return _fake_out(x, args[2], args[WEIGHTS + 6])
+
+
+if _native.MODULE is not None:
+    torch.library.register_fake("tfnas::mbinvres", _fake_mbinvres)
+    torch.library.register_fake("tfnas::mbinvres_backward", _fake_backward)
+    torch.library.register_fake("tfnas::mbinvres_inference", _fake_inference)
+    torch.library.register_autograd("tfnas::mbinvres", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("tfnas::mbinvres_backward", _refuse_double_backward)
