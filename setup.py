@@ -129,6 +129,7 @@ setup(
         "PyYAML>=6.0",
         "rich>=13.0",
         "safetensors>=0.4",
+        "pillow>=9.0",
     ],
     options={"build": {"build_base": f"build/torch-{torch_version}"}},
     ext_modules=extensions,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from random_spaces import random_architecture, random_space
 from tfnas.architecture import (
     Architecture,
     Op,
@@ -24,8 +25,6 @@ from tfnas.architecture import (
     save_architecture,
 )
 from tfnas.space_io import load_space
-
-from tests.random_spaces import random_architecture, random_space
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -6,6 +6,8 @@ import importlib
 import importlib.metadata
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -65,6 +67,21 @@ def test_every_source_exists_and_every_native_file_is_listed() -> None:
     assert sources - listed == set(), "add these to csrc/sources.json"
     for file, isas in SOURCES["cpu_per_isa"].items():
         assert set(isas) <= set(SOURCES["isa_flags"]), file
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_objects_for_one_instruction_set_define_nothing_that_others_share() -> None:
+    """A weak symbol of an AVX-512 object that common code has too could replace it, and crash older processors."""
+    objects = {isa: list((ROOT / "build").glob(f"torch-*/temp.*/{isa}/**/*.o")) for isa in SOURCES["isa_flags"]}
+    if not any(objects.values()):
+        pytest.skip("nothing was compiled per instruction set in this folder")
+    for isa, files in objects.items():
+        for file in files:
+            symbols = subprocess.run(["nm", "-C", str(file)], capture_output=True, text=True, check=True).stdout
+            weak = [line for line in symbols.splitlines() if line[16:].startswith((" W ", " V ", " u "))]
+            # The personality routine's reference is the same in every object, whatever its instruction set.
+            shared = [line for line in weak if f"::{isa}::" not in line and "DW.ref." not in line]
+            assert shared == [], file
 
 
 def test_kernels_include_no_torch_header() -> None:

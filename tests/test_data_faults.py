@@ -18,6 +18,7 @@ from PIL import Image
 from tfnas.data import DataError, DataOptions, build_data
 from tfnas.data.decode import decode
 from tfnas.data.idx import read_idx
+from tfnas.data.npz import read_npz
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -193,6 +194,7 @@ def test_skipping_whole_classes_away_is_an_error(tmp_path: Path) -> None:
     refused(folder_options(tmp_path, skip_bad_images=True), "class 'dog': expected at least 2 images", "got 0")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_images_without_a_fixed_range_and_of_extreme_size_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +203,7 @@ def test_images_without_a_fixed_range_and_of_extreme_size_are_refused(
         decode(str(tmp_path / "x.tif"), 3)
     picture(0).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    with pytest.raises(DataError, match=r"x.png: expected an image below 200 pixels"):
+    with pytest.raises(DataError, match=r"x.png: expected an image of at most 200 pixels, got 16x20"):
         decode(str(tmp_path / "x.png"), 3)
 
 
@@ -386,6 +388,63 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
     with open(path, "wb") as file:
         np.save(file, IMAGES)
     refused(DataOptions(str(path)), "expected an .npz archive, got a single array")
+
+
+# anything
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_no_damage_to_a_file_is_anything_but_an_error_of_data(tmp_path: Path) -> None:
+    """Random bytes changed, lost or cut off: read as something else or refused, never another exception."""
+    np.savez(tmp_path / "plain.npz", images=IMAGES, labels=LABELS, class_names=np.array(list("abcd")))
+    np.savez_compressed(tmp_path / "packed.npz", images=IMAGES, labels=LABELS)
+    (tmp_path / "images-idx3-ubyte").write_bytes(IMAGE_BODY)
+    (tmp_path / "images-idx3-ubyte.gz").write_bytes(gzip.compress(IMAGE_BODY))
+    for extension in ("png", "jpg", "gif", "bmp", "tif", "webp", "ppm"):
+        picture(3, (40, 30)).save(tmp_path / f"image.{extension}")
+    picture(3).convert("P").save(tmp_path / "palette.png")
+    originals = sorted(tmp_path.iterdir())
+    readers: dict[str, Callable[[Path], object]] = {".npz": read_npz, ".gz": read_idx, "": read_idx}
+    seed = int(os.environ.get("TFNAS_TEST_SEED", "20"))
+    random = np.random.default_rng(seed)
+    refusals = 0
+    for _ in range(6000 if os.environ.get("TFNAS_SLOW") else 400):
+        original = originals[random.integers(len(originals))]
+        damaged = tmp_path / f"damaged{original.suffix}"
+        damaged.write_bytes(_damaged(original.read_bytes(), random))
+        refusals += _is_refused(readers.get(original.suffix, _decode), damaged, f"seed {seed}, {original.name}")
+    assert refusals > 100
+
+
+def _decode(path: Path) -> object:
+    return decode(str(path), 3)
+
+
+def _is_refused(read: Callable[[Path], object], path: Path, case: str) -> bool:
+    try:
+        read(path)
+    except Exception as error:
+        if not isinstance(error, DataError) or str(path) not in str(error):
+            raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error
+        return True
+    return False
+
+
+def _damaged(body: bytes, random: np.random.Generator) -> bytes:
+    changed = bytearray(body)
+    for _ in range(random.choice((1, 1, 2, 8))):
+        at = int(random.integers(min(len(changed), random.choice((64, 400, 10**6)))))
+        kind = random.integers(4)
+        if kind == 0:
+            changed[at] = random.integers(256)
+        elif kind == 1:
+            del changed[at : at + int(random.integers(1, 9))]
+        elif kind == 2:
+            changed[at : at + 4] = (b"\xff" * 4, b"\x7f" + b"\xff" * 3, bytes(4))[random.integers(3)]
+        else:
+            changed = changed[:at]
+        changed = changed or bytearray(b"x")
+    return bytes(changed)
 
 
 # loaders

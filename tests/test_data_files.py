@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +76,18 @@ def test_workers_and_restarts_change_nothing(folder: Path, crop: str) -> None:
             assert torch.equal(y, v)
     other_epoch = next(alone.train.epoch(4))[0]
     assert not torch.equal(other_epoch, whole[0][0])
+
+
+def test_an_interrupt_leaves_the_decision_to_the_main_process(folder: Path) -> None:
+    train = build_data(options(folder, batch_size=2, workers=1), 0).train
+    batches = train.epoch(0)
+    first = next(batches)
+    for child in multiprocessing.active_children():
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGINT)
+    rest = list(batches)
+    assert len(rest) == len(train) - 1 > 5
+    assert torch.equal(first[0], next(train.epoch(0))[0])
 
 
 def test_files_are_delivered_as_arrays_are(folder: Path) -> None:

@@ -2,105 +2,14 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
-from naive_body import NaiveBody
+from engine_case import SKIP, Case, candidates, close, small_body
 from torch import Tensor
 
-from tfnas_ext.engine import SupernetEngine, engine_names, make_engine, run_mixture, run_paths
+from tfnas_ext.engine import engine_names, make_engine, run_mixture, run_paths
 from tfnas_ext.engine_spec import BodySpec, CandidateSpec, LayerSpec
-from tfnas_ext.packed import ROLES, PackedLayer, named_conv_views
-
-SKIP = CandidateSpec("skip", 0, 0)
-DTYPE = torch.float64
-
-
-def candidates(base: int) -> tuple[CandidateSpec, ...]:
-    return (
-        CandidateSpec("k3_e2", 3, 2 * base),
-        CandidateSpec("k3_e2_se1", 3, 2 * base, base),
-        CandidateSpec("k5_e3", 5, 3 * base),
-        CandidateSpec("k5_e3_se2", 5, 3 * base, 2),
-    )
-
-
-def small_body(depth_space: str) -> BodySpec:
-    """Two stages of depth 3 and 1; the first starts with stride 2."""
-
-    def layer(cin: int, cout: int, stride: int, act: str, position: int) -> LayerSpec:
-        same = stride == 1 and cin == cout
-        ops = candidates(cin)
-        if depth_space == "skip-in" and same and position:
-            ops = (*ops, SKIP)
-        gated = depth_space == "skip-out" and same and position > 0
-        return LayerSpec(cin, cout, stride, act, same, ops, gated)
-
-    first = tuple(layer(cin, 6, stride, "swish", p) for p, (cin, stride) in enumerate([(4, 2), (6, 1), (6, 1)]))
-    return BodySpec((first, (layer(6, 5, 1, "relu", 0),)), depth_space)
-
-
-class Case:
-    """An engine, a naive body with the same weights, and random inputs for both."""
-
-    def __init__(self, depth_space: str, engine: str, seed: int, shape: tuple[int, int, int] = (3, 9, 7)):
-        print(f"seed {seed}")
-        self.generator = torch.Generator().manual_seed(seed)
-        rng = random.Random(seed)
-        self.spec = small_body(depth_space)
-        self.layers = [PackedLayer(spec, dtype=DTYPE, generator=self.generator) for spec in self.spec.layers]
-        for layer in self.layers:  # biases of SE start at zero, which hides mistakes
-            for bias in (layer.se_reduce_bias, layer.se_expand_bias):
-                with torch.no_grad():
-                    bias.normal_(generator=self.generator)
-        self.widths = [
-            [0 if c.is_skip else rng.randint(1, c.max_width) for c in layer.candidates] for layer in self.spec.layers
-        ]
-        self.engine: SupernetEngine = make_engine(engine, self.spec, self.layers)
-        self.engine.set_widths(self.widths)
-        self.naive = NaiveBody(self.spec, self.widths).to(DTYPE)
-        self.naive.load_prefixes(self.state())
-        n, h, w = shape
-        self.x = self.normal(n, self.spec.layers[0].in_channels, h, w).requires_grad_()
-        counts = [len(layer.candidates) for layer in self.spec.layers]
-        first = [rng.randrange(count) for count in counts]
-        second = [rng.choice([c for c in range(count) if c != f]) for f, count in zip(first, counts, strict=True)]
-        self.choices = torch.tensor([first, second])
-        shape_v = self.spec.depth_weights_shape
-        self.v = None if shape_v is None else self.normal(*shape_v).softmax(1)
-        self.u = self.normal(len(counts), self.spec.max_candidates).softmax(1)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, dtype=DTYPE, generator=self.generator)
-
-    def state(self) -> dict[str, Tensor]:
-        state = {}
-        layers = iter(self.layers)
-        for s, stage in enumerate(self.spec.stages):
-            for position, _ in enumerate(stage):
-                state |= {f"stages.{s}.{position}.{k}": t for k, t in next(layers).state_dict().items()}
-        return state
-
-    def named_gradients(self) -> dict[str, Tensor]:
-        found: dict[tuple[int, int], list[Tensor]] = {}
-        for layer, candidate, role, grad in self.engine.read_gradients():
-            assert len(found.setdefault((layer, candidate), [])) == role < len(ROLES)
-            found[layer, candidate].append(grad)
-        places = [(s, p) for s, stage in enumerate(self.spec.stages) for p, _ in enumerate(stage)]
-        named: dict[str, Tensor] = {}
-        for (layer, candidate), grads in found.items():
-            s, position = places[layer]
-            name = f"stages.{s}.{position}.{self.spec.layers[layer].candidates[candidate].name}"
-            named |= dict(named_conv_views(name, grads))
-        return named
-
-
-def close(got: Tensor, want: Tensor, tolerance: float = 1e-9) -> None:
-    assert got.shape == want.shape
-    scale = want.detach().abs().max().clamp_min(1e-3)
-    assert ((got - want).abs().max() / scale).item() < tolerance
-
+from tfnas_ext.packed import PackedLayer
 
 ENGINES = pytest.mark.parametrize("engine", engine_names())
 DEPTH_SPACES = pytest.mark.parametrize("depth_space", ["sink", "skip-in", "skip-out"])
@@ -110,7 +19,7 @@ DEPTH_SPACES = pytest.mark.parametrize("depth_space", ["sink", "skip-in", "skip-
 @DEPTH_SPACES
 @pytest.mark.parametrize("seed", range(3))
 def test_paths(depth_space: str, engine: str, seed: int) -> None:
-    case = Case(depth_space, engine, seed)
+    case = Case(small_body(depth_space), engine, seed)
     outs = run_paths(case.engine, case.x, case.choices, case.v)
     wants = [case.naive.path(case.x, choice, case.v) for choice in case.choices.tolist()]
     for out, want in zip(outs, wants, strict=True):
@@ -133,7 +42,7 @@ def test_paths(depth_space: str, engine: str, seed: int) -> None:
 @DEPTH_SPACES
 @pytest.mark.parametrize("seed", range(3))
 def test_mixture(depth_space: str, engine: str, seed: int) -> None:
-    case = Case(depth_space, engine, seed)
+    case = Case(small_body(depth_space), engine, seed)
     inputs = [case.x, case.u.requires_grad_()] + ([] if case.v is None else [case.v.requires_grad_()])
     out = run_mixture(case.engine, case.x, case.u, case.v)
     want = case.naive.mixture(case.x, case.u, case.v)
@@ -149,7 +58,7 @@ def test_mixture(depth_space: str, engine: str, seed: int) -> None:
 @DEPTH_SPACES
 def test_mixture_gradients_are_slopes(depth_space: str, engine: str) -> None:
     """Central differences along random directions (gradcheck runs several backwards per forward, an engine one)."""
-    case = Case(depth_space, engine, seed=5, shape=(2, 5, 5))
+    case = Case(small_body(depth_space), engine, seed=5, shape=(2, 5, 5))
     inputs = [case.x.detach(), case.u] + ([] if case.v is None else [case.v])
     dout = case.normal(*run_mixture(case.engine, inputs[0], case.u, case.v).shape)
 
@@ -173,7 +82,7 @@ def test_mixture_gradients_are_slopes(depth_space: str, engine: str) -> None:
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
 def test_clip_and_sgd_follows_torch(engine: str, max_norm: float) -> None:
     """Five steps of changing paths equal `clip_grad_norm_` and `SGD` on modules whose other gradients are None."""
-    case = Case("sink", engine, seed=7)
+    case = Case(small_body("sink"), engine, seed=7)
     lr, momentum, decay = 0.3, 0.9, 1e-2
     dense = case.normal(6, 5)
     dense_buffer = torch.zeros_like(dense)
@@ -210,7 +119,7 @@ def test_clip_and_sgd_follows_torch(engine: str, max_norm: float) -> None:
 
 @ENGINES
 def test_gradients_are_consumed_and_replaced(engine: str) -> None:
-    case = Case("sink", engine, seed=9)
+    case = Case(small_body("sink"), engine, seed=9)
     with pytest.raises(RuntimeError, match="backward_paths"):
         case.engine.clip_and_sgd_(0.1, 0.9, 0, 5, [])
     for row in (0, 1):
@@ -223,7 +132,7 @@ def test_gradients_are_consumed_and_replaced(engine: str) -> None:
 
 @ENGINES
 def test_reset_momentum(engine: str) -> None:
-    case = Case("sink", engine, seed=10)
+    case = Case(small_body("sink"), engine, seed=10)
     run_paths(case.engine, case.x, case.choices, case.v)[0].pow(3).sum().backward()
     case.engine.clip_and_sgd_(0.1, 0.9, 0, 5, [])
     assert any(m.any() for layer in case.layers for m in layer.momenta())
@@ -233,7 +142,7 @@ def test_reset_momentum(engine: str) -> None:
 
 @ENGINES
 def test_no_tape_without_gradients_and_one_backward(engine: str) -> None:
-    case = Case("sink", engine, seed=11)
+    case = Case(small_body("sink"), engine, seed=11)
     with torch.no_grad():
         out = run_paths(case.engine, case.x, case.choices, case.v)[0]
         assert not out.requires_grad
@@ -246,14 +155,14 @@ def test_no_tape_without_gradients_and_one_backward(engine: str) -> None:
 
 @ENGINES
 def test_paths_train_weights_of_inputs_without_gradient(engine: str) -> None:
-    case = Case("sink", engine, seed=12)
+    case = Case(small_body("sink"), engine, seed=12)
     run_paths(case.engine, case.x.detach(), case.choices, case.v)[1].pow(2).sum().backward()
     assert case.engine.read_gradients()
 
 
 @ENGINES
 def test_bad_input(engine: str) -> None:
-    case = Case("sink", engine, seed=13)
+    case = Case(small_body("sink"), engine, seed=13)
     x, v, choices = case.x.detach(), case.v, case.choices
     assert v is not None
     for bad_choices in (choices[0], choices[:, :2], torch.cat([choices, choices])):
@@ -281,7 +190,7 @@ def test_bad_input(engine: str) -> None:
 
 
 def test_make_engine_refuses() -> None:
-    case = Case("sink", "reference", seed=14)
+    case = Case(small_body("sink"), "reference", seed=14)
     with pytest.raises(ValueError, match="engine must be one of auto"):
         make_engine("fast", case.spec, case.layers)
     with pytest.raises(ValueError, match="layers must be"):
@@ -290,7 +199,7 @@ def test_make_engine_refuses() -> None:
 
 @pytest.mark.parametrize("candidate", range(4))
 def test_permutation_keeps_the_function_and_moves_momentum(candidate: int) -> None:
-    case = Case("sink", "reference", seed=20 + candidate)
+    case = Case(small_body("sink"), "reference", seed=20 + candidate)
     case.engine.set_widths([[c.max_width for c in spec.candidates] for spec in case.spec.layers])
     choices = torch.full((1, 4), candidate)
 
@@ -301,7 +210,7 @@ def test_permutation_keeps_the_function_and_moves_momentum(candidate: int) -> No
         return out.detach()
 
     step()
-    twin = Case("sink", "reference", seed=20 + candidate)
+    twin = Case(small_body("sink"), "reference", seed=20 + candidate)
     for mine, other in zip(case.layers, twin.layers, strict=True):
         other.load_state_dict(mine.state_dict())
         other.load_momentum_state(mine.momentum_state())
@@ -320,12 +229,12 @@ def test_permutation_keeps_the_function_and_moves_momentum(candidate: int) -> No
 
 
 def test_packed_layer_state() -> None:
-    case = Case("skip-in", "reference", seed=30)
+    case = Case(small_body("skip-in"), "reference", seed=30)
     layer = case.layers[1]
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     assert {name.split(".")[0] for name in state} == {c.name for c in layer.spec.candidates if not c.is_skip}
     assert state["k3_e2_se1.se.conv_reduce.weight"].shape == (6, 12, 1, 1)
-    other = PackedLayer(layer.spec, dtype=DTYPE)
+    other = PackedLayer(layer.spec, dtype=torch.float64)
     other.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(layer.weights(), other.weights(), strict=True))
     state["k3_e2.conv_dw.weight"] = state["k3_e2.conv_dw.weight"][1:]

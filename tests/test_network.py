@@ -8,14 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from random_spaces import random_architecture, random_space
 from tfnas.architecture import Architecture, Op, count_multiply_adds, count_parameters, load_architecture
 from tfnas.network import MBInvRes, Network, build_block, build_head, build_network, build_stem
 from tfnas.space import ACTIVATIONS
 from tfnas.space_io import load_space
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-from tests.random_spaces import random_architecture, random_space
 
 
 def _uncounted_by_torch(net: Network) -> int:

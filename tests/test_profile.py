@@ -66,6 +66,17 @@ def test_aligned_widths_get_a_track_of_their_own() -> None:
             assert table.latency_ms(key, width) == pytest.approx(sawtooth(key, width), rel=0.04), (key, width)
 
 
+def test_slope_mode_finds_the_marginal_cost() -> None:
+    machine = Machine(noise=0.003)
+    engine = FakeEngine(machine)
+    options = ProfileOptions(mode="slope", budget_s=60.0, max_samples=12)
+    table = build(machine, engine, options=options, section_timer=machine.timer().timer)
+    assert table.header["mode"] == "slope"
+    assert table.base_ms == pytest.approx(STEM_MS + HEAD_MS, rel=0.01)
+    assert np.abs(errors(table)).max() < 0.04
+    assert table.header["additivity"]["mape"] < 0.01
+
+
 def test_whole_networks_correct_the_sum() -> None:
     machine = Machine(noise=0.003)
     table = build(machine, FakeEngine(machine, overhead=1.1, offset_ms=0.4))
@@ -214,7 +225,7 @@ def test_measured_networks_agree_with_the_table() -> None:
 def test_a_real_network_is_measured() -> None:
     (arch,) = random_architectures(SMALL, 1, seed=1)
     samples = measure_network_ms(arch, time_limit_s=0.3)
-    assert samples.count >= 3
+    assert samples.count >= 2
     assert 0.1 < samples.median_ms < 1000
     assert samples.facts["engine"] == "eager"
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_spaces import random_architecture, random_space
 from tfnas.network import build_network
 from tfnas.published import parse_published_key, published_key, published_weight_name, weights_from_published
 from tfnas.space_io import load_space
-
-from tests.random_spaces import random_architecture, random_space
 
 
 def test_published_keys_of_table_1() -> None:

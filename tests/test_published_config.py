@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from random_spaces import random_architecture, random_space
 from tfnas.architecture import Architecture, Op, count_multiply_adds, load_architecture
 from tfnas.published_config import (
     from_published_config,
@@ -18,8 +19,6 @@ from tfnas.published_config import (
     to_published_config,
 )
 from tfnas.space_io import load_space
-
-from tests.random_spaces import random_architecture, random_space
 
 
 def _config() -> dict[str, Any]:

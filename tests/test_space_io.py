@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from random_spaces import random_space
 from tfnas.space import ACTIVATIONS, DEPTH_SPACES, Candidate
 from tfnas.space_io import builtin_spaces, load_space, space_from_dict, space_to_dict, validate_space
-
-from tests.random_spaces import random_space
 
 
 @pytest.mark.parametrize("name", builtin_spaces())

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_spaces import random_architecture, random_space
 from tfnas.architecture import Architecture, count_parameters, load_architecture
 from tfnas.network import Network, build_network
 from tfnas.timm_export import timm_block_strings, timm_model_kwargs, to_timm
 from torch import nn
-
-from tests.random_spaces import random_architecture, random_space
 
 timm = pytest.importorskip("timm")
 

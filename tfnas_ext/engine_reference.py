@@ -115,7 +115,8 @@ class ReferenceEngine:
         self, tape: _MixtureTape, dout: Tensor, need_dx: bool
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         inputs = [tape.u] + ([] if tape.v is None else [tape.v]) + ([tape.x] if need_dx else [])
-        grads = list(torch.autograd.grad(tape.out, inputs, dout))
+        # a body of skip-out may have no gated layer, and then does not read v
+        grads = list(torch.autograd.grad(tape.out, inputs, dout, allow_unused=True, materialize_grads=True))
         du = grads.pop(0)
         dv = None if tape.v is None else grads.pop(0)
         return (grads.pop() if need_dx else None), du, dv

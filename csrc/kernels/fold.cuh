@@ -15,26 +15,23 @@ constexpr int kFoldRows = 4;      // of a warp
 constexpr int kFoldSlice = 16;    // rows of C staged at once
 constexpr int kFoldColumns = 10;  // of a lane: up to 320 input channels
 
+// Shared memory: the chunk's rows of W, then a slice of C.
 __host__ __device__ inline size_t fold_shared_elements(int channels) {
   return static_cast<size_t>(kChunk + kFoldSlice) * channels;
 }
 
-// expand [rows, channels]; rstd, shift: per-channel vectors. grid: chunks of the widest choice.
-template <class T, class A>
-__global__ void __launch_bounds__(kFoldThreads)
-    fold(const T* expand, const A* mean, const A* covariance, A* rstd, A* shift, const LayerTable* table,
-         const int* choice, int channels, double eps) {
-  TFNAS_DYN_SHARED(A, shared);
+// t = w C for the rows of one chunk, four rows to a warp; leaves the rows themselves at the start of
+// `shared`.
+template <class A>
+__device__ inline void rows_times_covariance(const A* expand, const A* covariance, const Chunk& chunk,
+                                             int channels, A* shared, A (&t)[kFoldRows][kFoldColumns]) {
   A *weights = shared, *slice = shared + kChunk * channels;
-  Chunk chunk;
-  if (!find_chunk(*table, chosen(choice), blockIdx.x, chunk)) return;
-  const T* rows = expand + int64_t{chunk.rows.first_row + chunk.first} * channels;
+  const A* rows = expand + int64_t{chunk.rows.first_row + chunk.first} * channels;
   for (int i = threadIdx.x; i < kChunk * channels; i += kFoldThreads) {
-    weights[i] = chunk.has(i / channels) ? load(rows + i) : A(0);
+    weights[i] = chunk.has(i / channels) ? rows[i] : A(0);
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const A* mine = weights + warp * kFoldRows * channels;
-  A t[kFoldRows][kFoldColumns] = {};
   for (int k0 = 0; k0 < channels; k0 += kFoldSlice) {
     const int depth = channels - k0 < kFoldSlice ? channels - k0 : kFoldSlice;
     __syncthreads();
@@ -51,6 +48,20 @@ __global__ void __launch_bounds__(kFoldThreads)
       }
     }
   }
+}
+
+// expand [rows, channels]; rstd, shift: per-channel vectors. grid: chunks of the widest choice.
+template <class A>
+__global__ void __launch_bounds__(kFoldThreads)
+    fold(const A* expand, const A* mean, const A* covariance, A* rstd, A* shift, const LayerTable* table,
+         const int* choice, int channels, double eps) {
+  TFNAS_DYN_SHARED(A, shared);
+  Chunk chunk{};
+  if (!find_chunk(*table, chosen(choice), blockIdx.x, chunk)) return;
+  A t[kFoldRows][kFoldColumns] = {};
+  rows_times_covariance(expand, covariance, chunk, channels, shared, t);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const A* mine = shared + warp * kFoldRows * channels;
 #pragma unroll
   for (int r = 0; r < kFoldRows; r++) {
     A variance = 0, projected = 0;

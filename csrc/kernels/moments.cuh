@@ -66,10 +66,21 @@ struct GramTiling {
   }
 };
 
-// parts [gridDim.x, pairs, tile, tile]. grid (pixel runs, pairs), block kGramThreads.
-template <class T, class A>
+// What the Gram matrix of moments multiplies: x less its mean.
+template <class T>
+struct Centred {
+  const T* x;
+  const Acc<T>* mean;
+  int channels;
+  __device__ Acc<T> left(int64_t pixel, int c) const { return load(x + pixel * channels + c) - mean[c]; }
+  __device__ Acc<T> right(int64_t pixel, int c) const { return left(pixel, c); }
+};
+
+// parts [gridDim.x, pairs, tile, tile] of sum over items p of left(p, r) right(p, c), which must be symmetric
+// in r and c. grid (runs of items, pairs), block kGramThreads.
+template <class A, class Factors>
 __global__ void __launch_bounds__(kGramThreads)
-    gram(const T* x, const A* mean, A* parts, int64_t pixels, int channels, int64_t run) {
+    gram(Factors factors, A* parts, int64_t items, int channels, int64_t run) {
   TFNAS_DYN_SHARED(A, shared);
   const GramTiling tiling(channels);
   const int tile = tiling.tile, side = tile / 4, per_stream = side * side, streams = tiling.streams();
@@ -79,14 +90,14 @@ __global__ void __launch_bounds__(kGramThreads)
   const int stream = threadIdx.x / per_stream, at = threadIdx.x % per_stream, i0 = at / side * 4,
             j0 = at % side * 4;
   A *rows = shared, *cols = shared + kGramPixels * tile;
-  const int64_t begin = blockIdx.x * run, end = begin + run < pixels ? begin + run : pixels;
+  const int64_t begin = blockIdx.x * run, end = begin + run < items ? begin + run : items;
   A sum[4][4] = {};
   for (int64_t p0 = begin; p0 < end; p0 += kGramPixels) {
     for (int i = threadIdx.x; i < kGramPixels * tile; i += kGramThreads) {
       const int64_t p = p0 + i / tile;
       const int r = row0 + i % tile, c = col0 + i % tile;
-      rows[i] = p < end && r < channels ? load(x + p * channels + r) - mean[r] : A(0);
-      cols[i] = p < end && c < channels ? load(x + p * channels + c) - mean[c] : A(0);
+      rows[i] = p < end && r < channels ? factors.left(p, r) : A(0);
+      cols[i] = p < end && c < channels ? factors.right(p, c) : A(0);
     }
     __syncthreads();
     if (stream < streams) {
@@ -115,10 +126,10 @@ __global__ void __launch_bounds__(kGramThreads)
   }
 }
 
-// covariance [channels, channels]. grid (ceil(tile * tile / 256), pairs), block 256.
+// matrix [channels, channels] = sum / count. grid (ceil(tile * tile / 256), pairs), block 256.
 template <class A>
 __global__ void __launch_bounds__(256)
-    finish_gram(const A* parts, A* covariance, int runs, int channels, int64_t pixels) {
+    finish_gram(const A* parts, A* matrix, int runs, int channels, int64_t count) {
   const GramTiling tiling(channels);
   const int tile = tiling.tile, i = blockIdx.x * 256 + threadIdx.x;
   if (i >= tile * tile) return;
@@ -128,10 +139,10 @@ __global__ void __launch_bounds__(256)
   if (r >= channels || c >= channels) return;
   double sum = 0;
   for (int k = 0; k < runs; k++) sum += parts[(int64_t{k} * gridDim.y + blockIdx.y) * tile * tile + i];
-  const A value = static_cast<A>(sum / static_cast<double>(pixels));
-  covariance[int64_t{r} * channels + c] = value;
+  const A value = static_cast<A>(sum / static_cast<double>(count));
+  matrix[int64_t{r} * channels + c] = value;
   if (pair > 0)
-    covariance[int64_t{c} * channels + r] = value;  // a tile on the diagonal holds both triangles itself
+    matrix[int64_t{c} * channels + r] = value;  // a tile on the diagonal holds both triangles itself
 }
 
 }  // namespace tfnas

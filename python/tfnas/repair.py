@@ -50,6 +50,10 @@ class _Options:
             np.concatenate([self.choice[a], other.choice[b]], axis=1),
         )
 
+    def strongest(self, a: float, b: float) -> int:
+        """The option that maximises the Lagrangian for multipliers a, b."""
+        return int(np.argmax(self.score - a * self.low_ms + b * self.high_ms))
+
     def undominated(self) -> _Options:
         """Without options that another one beats or equals in score, least and greatest latency (first of equals)."""
         order = np.lexsort((-self.high_ms, self.low_ms, -self.score))
@@ -174,8 +178,7 @@ def _completion(stages: Sequence[_Options], a: float, b: float) -> _Options:
     """One option: the ways to run `stages` that maximise the Lagrangian for multipliers a, b."""
     result = _Options(np.zeros(1), np.zeros(1), np.zeros(1), np.zeros((1, 0), dtype=np.int64))
     for stage in stages:
-        at = np.argmax(stage.score - a * stage.low_ms + b * stage.high_ms)
-        result = result.times(stage.take(np.array([at])))
+        result = result.times(stage.take(np.array([stage.strongest(a, b)])))
     return result
 
 
@@ -187,9 +190,15 @@ def _multipliers(stages: Sequence[_Options], target_ms: float) -> Iterator[tuple
     pair = np.zeros(2)
     found: list[tuple[float, float, float]] = []
     for step in range(_DUAL_STEPS):
-        ways = _completion(stages, float(pair[0]), float(pair[1]))
-        slack = np.array([target_ms - ways.low_ms[0], ways.high_ms[0] - target_ms])
-        found.append((float(ways.score[0] + pair @ slack), float(pair[0]), float(pair[1])))
+        a, b = float(pair[0]), float(pair[1])
+        ways = [(stage, stage.strongest(a, b)) for stage in stages]
+        slack = np.array(
+            [
+                target_ms - sum(stage.low_ms[at] for stage, at in ways),
+                sum(stage.high_ms[at] for stage, at in ways) - target_ms,
+            ]
+        )
+        found.append((float(sum(stage.score[at] for stage, at in ways) + pair @ slack), a, b))
         size = np.abs(slack).max()
         if size == 0:
             break

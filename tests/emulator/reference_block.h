@@ -161,6 +161,101 @@ class ReferenceBlock {
     }
   }
 
+  // Textbook backward on the wide tensors (no narrow-space algebra), for a residual block.
+  void backward(const std::vector<T>& dout, bool residual) {
+    const int64_t pixels = shape.out_pixels(), map = pixels / shape.batch, in_pixels = shape.in_pixels();
+    const int outs = shape.out_channels, ins = shape.in_channels;
+    dproject.assign(active * outs, 0), dexpand.assign(active * ins, 0), dfilter.assign(active * 49, 0);
+    dreduce_weight.assign(reduce_weight.size(), 0), dexpand_weight = dreduce_weight;
+    dreduce_bias.assign(squeezed_stride, 0), dexpand_bias.assign(expand_bias.size(), 0);
+    dx.assign(in_pixels * ins, 0), du.assign(chosen.size(), 0);
+    dh2.assign(y2.size(), 0), dh1.assign(h1.size(), 0);
+    for (size_t k = 0; k < chosen.size(); k++) {
+      const auto& rows = table.candidate[chosen[k]];
+      std::vector<double> dy3(pixels * outs);
+      for (int o = 0; o < outs; o++) {
+        double mean = 0, product = 0;
+        for (int64_t p = 0; p < pixels; p++) {
+          const double d = to_double(dout[p * outs + o]), h = h3[(k * pixels + p) * outs + o];
+          mean += u[k] * d / pixels, product += u[k] * d * h / pixels;
+          du[k] += d * h + (residual ? d * to_double(x[p * ins + o]) : 0);
+        }
+        for (int64_t p = 0; p < pixels; p++) {
+          dy3[p * outs + o] = rstd3[k * outs + o] * (u[k] * to_double(dout[p * outs + o]) - mean -
+                                                     h3[(k * pixels + p) * outs + o] * product);
+          if (residual) dx[p * ins + o] += u[k] * to_double(dout[p * outs + o]);
+        }
+      }
+      const int se = rows.se_channels;
+      std::vector<double> dz(pixels * rows.width), dgate(shape.batch * rows.width), dpooled(dgate.size());
+      for (int c = 0; c < rows.width; c++) {
+        for (int64_t p = 0; p < pixels; p++) {
+          const int64_t at = wide(k, c, p, pixels);
+          for (int o = 0; o < outs; o++) {
+            dz[p * rows.width + c] +=
+                dy3[p * outs + o] * to_double(project[int64_t{rows.first_row + c} * outs + o]);
+            dproject[(active_at[k] + c) * outs + o] += z[at] * dy3[p * outs + o];
+          }
+          dgate[p / map * rows.width + c] += dz[p * rows.width + c] * activate(h2[at]);
+        }
+      }
+      for (int n = 0; n < shape.batch && se > 0; n++) {
+        const double* t = &squeezed[n * squeezed_stride + rows.se_reduce_bias_at];
+        std::vector<double> dexcited(se);
+        for (int c = 0; c < rows.width; c++) {
+          const double s = gate[n * active + active_at[k] + c], dv = dgate[n * rows.width + c] * s * (1 - s);
+          dexpand_bias[rows.se_expand_bias_at + c] += dv;
+          for (int j = 0; j < se; j++) {
+            dexpand_weight[rows.se_weight_at + c * se + j] += dv * activate(t[j]);
+            dexcited[j] += dv * to_double(expand_weight[rows.se_weight_at + c * se + j]);
+          }
+        }
+        for (int j = 0; j < se; j++) {
+          const double dt = dexcited[j] * slope(t[j]);
+          dreduce_bias[rows.se_reduce_bias_at + j] += dt;
+          for (int c = 0; c < rows.width; c++) {
+            dreduce_weight[rows.se_weight_at + c * se + j] += dt * pooled[n * active + active_at[k] + c];
+            dpooled[n * rows.width + c] += dt * to_double(reduce_weight[rows.se_weight_at + c * se + j]);
+          }
+        }
+      }
+      for (int c = 0; c < rows.width; c++) {
+        const int v = active_at[k] + c;
+        double mean = 0, product = 0;
+        for (int64_t p = 0; p < pixels; p++) {
+          const int64_t at = wide(k, c, p, pixels);
+          const int64_t n = p / map;
+          const double s = se ? gate[n * active + v] : 1;
+          dh2[at] = (dz[p * rows.width + c] * s + dpooled[n * rows.width + c] / map) * slope(h2[at]);
+          mean += dh2[at] / pixels, product += dh2[at] * h2[at] / pixels;
+        }
+        std::vector<double> da1(in_pixels);
+        for_each_output([&](int n, int oy, int ox, int64_t p) {
+          const int64_t at = wide(k, c, p, pixels);
+          const double dy2 = rstd2[v] * (dh2[at] - mean - h2[at] * product);
+          for_each_tap(rows, n, oy, ox, [&](int tap, int64_t in) {
+            da1[in] += filter_of(rows, c, tap) * dy2;
+            dfilter[v * 49 + tap] += activate(h1[wide(k, c, in, in_pixels)]) * dy2;
+          });
+        });
+        mean = product = 0;
+        for (int64_t p = 0; p < in_pixels; p++) {
+          const int64_t at = wide(k, c, p, in_pixels);
+          dh1[at] = da1[p] * slope(h1[at]);
+          mean += dh1[at] / in_pixels, product += dh1[at] * h1[at] / in_pixels;
+        }
+        for (int64_t p = 0; p < in_pixels; p++) {
+          const int64_t at = wide(k, c, p, in_pixels);
+          const double dy1 = rstd1[v] * (dh1[at] - mean - h1[at] * product);
+          for (int i = 0; i < ins; i++) {
+            dx[p * ins + i] += dy1 * to_double(expand[int64_t{rows.first_row + c} * ins + i]);
+            dexpand[v * ins + i] += dy1 * to_double(x[p * ins + i]);
+          }
+        }
+      }
+    }
+  }
+
   double activate(double h) const { return tfnas::activate(shape.act, h); }
   double slope(double h) const {
     double value, s;
@@ -221,6 +316,9 @@ class ReferenceBlock {
   std::vector<T> x;
   std::vector<A> expand, depthwise, project, reduce_weight, reduce_bias, expand_weight, expand_bias;
   std::vector<double> u, rstd1, shift1, h1, y2, mean2, rstd2;
+  std::vector<double> dproject, dexpand, dfilter, dreduce_weight, dreduce_bias, dexpand_weight, dexpand_bias,
+      dx, du;
+  std::vector<double> dh2, dh1;
   std::vector<double> pooled, squeezed, gate, h2, z, y3, mean3, rstd3, h3, out;
 };
 

@@ -38,8 +38,9 @@ void check(const char* name, int64_t pixels, int channels, int64_t run, double o
                x_data, sums_data, pixels, channels, run);
   TFNAS_LAUNCH((tfnas::finish_mean<Acc>), dim3(tfnas::ceil_div(channels, 64)), dim3(64), 0, 0, sums_data,
                mean_data, runs, channels, pixels);
-  TFNAS_LAUNCH((tfnas::gram<T, Acc>), dim3(runs, tiling.pairs()), dim3(tfnas::kGramThreads),
-               tiling.shared_bytes<Acc>(), 0, x_data, mean_data, parts_data, pixels, channels, run);
+  const tfnas::Centred<T> centred{x_data, mean_data, channels};
+  TFNAS_LAUNCH((tfnas::gram<Acc, tfnas::Centred<T>>), dim3(runs, tiling.pairs()), dim3(tfnas::kGramThreads),
+               tiling.shared_bytes<Acc>(), 0, centred, parts_data, pixels, channels, run);
   TFNAS_LAUNCH((tfnas::finish_gram<Acc>),
                dim3(tfnas::ceil_div(tiling.tile * tiling.tile, 256), tiling.pairs()), dim3(256), 0, 0,
                parts_data, covariance_data, runs, channels, pixels);
@@ -51,7 +52,7 @@ void check(const char* name, int64_t pixels, int channels, int64_t run, double o
   const tfnas::LayerTable table{3, {{3, 0, 0, 33}, {5, 40, 360, 1}, {3, 41, 385, 70}}};
   const int rows = 41 + 75;
   const double eps = 1e-5;
-  const std::vector<T> expand = random.normal<T>(rows * channels, 1 / std::sqrt(channels));
+  const std::vector<Acc> expand = random.normal<Acc>(rows * channels, 1 / std::sqrt(channels));
   for (int choice = -1; choice < table.count; choice++) {
     std::vector<double> rstd, shift;
     int active = 0;  // candidates start at multiples of 8
@@ -59,7 +60,7 @@ void check(const char* name, int64_t pixels, int channels, int64_t run, double o
       if (choice >= 0 && i != choice) continue;
       rstd.resize(active, 0), shift.resize(active, 0);
       for (int c = 0; c < table.candidate[i].width; c++) {
-        const T* w = expand.data() + (table.candidate[i].first_row + c) * channels;
+        const Acc* w = expand.data() + (table.candidate[i].first_row + c) * channels;
         double variance = 0, projected = 0;
         for (int a = 0; a < channels; a++) {
           projected += to_double(w[a]) * mean[a];
@@ -73,11 +74,11 @@ void check(const char* name, int64_t pixels, int channels, int64_t run, double o
       active += tfnas::pitch_of(table.candidate[i].width);
     }
     std::vector<Acc> got_rstd(rstd.size()), got_shift(rstd.size());
-    const T* expand_data = expand.data();
+    const Acc* expand_data = expand.data();
     const tfnas::LayerTable* table_data = &table;
     const int* choice_data = choice < 0 ? nullptr : &choice;
     Acc *rstd_data = got_rstd.data(), *shift_data = got_shift.data();
-    TFNAS_LAUNCH((tfnas::fold<T, Acc>), dim3(9), dim3(tfnas::kFoldThreads),
+    TFNAS_LAUNCH((tfnas::fold<Acc>), dim3(9), dim3(tfnas::kFoldThreads),
                  tfnas::fold_shared_elements(channels) * sizeof(Acc), 0, expand_data, mean_data,
                  covariance_data, rstd_data, shift_data, table_data, choice_data, channels, eps);
     expect_close(choice < 0 ? "fold, mixture: 1/std" : "fold, one candidate: 1/std", got_rstd, rstd,

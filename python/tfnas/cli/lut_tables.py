@@ -84,9 +84,10 @@ def compare(first: Path, second: Path, json: bool = False) -> int:
         print(json_format.dumps({"first": str(first), "second": str(second)} | found.as_dict(), indent=1))
         return OK
     console = _console()
+    base = "" if found.base_ratio is None else f"; base {found.base_ratio:.4f}"
     console.print(
         f"{second} takes {found.scale:.4f} of the time of {first} (median of {found.entries} widths on {found.curves} "
-        f"curves); base {found.base_ratio:.4f}",
+        f"curves){base}",
         highlight=False,
     )
     console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,7 @@ class FileReader:
             num_workers=min(self.workers, len(batches)),
             collate_fn=_as_is,
             pin_memory=on_gpu,
+            worker_init_fn=_ignore_interrupts,
             # Without it the loader draws its workers' seed from the global generator.
             generator=torch.Generator(),
         )
@@ -138,6 +140,11 @@ class FileReader:
             if isinstance(images, DataError):
                 raise images
             yield images.to(self.device, non_blocking=True)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process; whether to stop, and what to save first, is the main one's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_is(item: Any) -> Any:

@@ -145,14 +145,14 @@ def jitter_colors(images: torch.Tensor, factors: NDArray[np.float32]) -> torch.T
     brightness, contrast, saturation, hue = (
         torch.from_numpy(factors).to(images.device, non_blocking=True).view(-1, 4, 1, 1, 1).unbind(1)
     )
-    out = (images.float() / 255 * brightness).clamp_(0, 1)
+    out = images.float().mul(brightness / 255).clamp_(0, 1)
     # In double precision the order of the sum, which depends on batch size and threads, does not reach the result.
     mean = _gray(out).mean((1, 2, 3), keepdim=True, dtype=torch.float64).float()
     out = torch.lerp(mean, out, contrast).clamp_(0, 1)
     if out.shape[1] == 3:
         out = torch.lerp(_gray(out), out, saturation).clamp_(0, 1)
         out = _shift_hue(out, hue[:, 0])
-    return out * 255
+    return out.mul_(255)
 
 
 def _gray(images: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from tfnas.latency.chain import ChainTimer, Pass, Section, Sections
 from tfnas.latency.engine import Engine
@@ -114,8 +115,11 @@ class ChainProfiler:
 
     def warm(self, sections: Sections, passes: int = 3) -> None:
         """Run a chain untimed: kernels are chosen and compiled, memory is allocated."""
-        for _ in range(passes):
-            self.timer.run(sections, self._input)
+        with torch.inference_mode():
+            for _ in range(passes):
+                x = self._input
+                for section in sections:
+                    x = section(x)
 
     def _visit(self, waiting: Sequence[Config]) -> None:
         queues: dict[Kind, list[Config]] = {}

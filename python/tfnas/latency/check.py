@@ -40,7 +40,8 @@ class CheckResult:
 
     `scale` is the machine's slowness now against when the table was built (1.03: 3 % slower), by the reference chain;
     None where the table does not know it. `bias`, `mape`, `max_error` are at equal speed (measured / scale), `raw_bias`
-    and `raw_mape` as measured now. `half_width` is the median precision of the measured latencies themselves (95 %).
+    and `raw_mape` as measured now. `half_width` is the median precision of the measured latencies themselves (95 %; 1
+    where there were too few samples to tell).
     """
 
     architectures: int
@@ -112,7 +113,7 @@ def check_table(
         scale=scale,
         raw_bias=raw.bias,
         raw_mape=raw.mape,
-        half_width=float(np.median([samples.relative_half_width for samples in measured])),
+        half_width=min(1.0, float(np.median([samples.relative_half_width for samples in measured]))),
         holds=True,
         reasons=(),
         remarks=tuple(_remarks(table, conditions)),

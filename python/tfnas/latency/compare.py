@@ -18,14 +18,15 @@ CONDITIONS = ("device", "device_uuid", "engine", "batch", "resolution", "threads
 class TableComparison:
     """How the latencies of a second table relate to those of a first, at the widths of either's knots.
 
-    `scale` is the median ratio second / first over `entries` latencies of `curves` common curves. `deviation_median`,
-    `deviation_p95` and `deviation_max` are what remains once the second table is divided by it: |ratio / scale - 1|.
-    `scales` is the median ratio of each common curve; `only_first`, `only_second` are curves that one table lacks;
-    `header` names the conditions that differ, as (first, second).
+    `scale` is the median ratio second / first over `entries` latencies of `curves` common curves, `base_ratio` that of
+    the bases (None where the first has none). `deviation_median`, `deviation_p95` and `deviation_max` are what remains
+    once the second table is divided by `scale`: |ratio / scale - 1|. `scales` is the median ratio of each common curve;
+    `only_first`, `only_second` are curves that one table lacks; `header` names the conditions that differ, as (first,
+    second).
     """
 
     scale: float
-    base_ratio: float
+    base_ratio: float | None
     entries: int
     curves: int
     deviation_median: float
@@ -63,7 +64,7 @@ def compare_tables(first: LatencyTable, second: LatencyTable) -> TableComparison
     deviation = np.abs(every / scale - 1)
     return TableComparison(
         scale=scale,
-        base_ratio=second.base_ms / first.base_ms if first.base_ms else float("inf"),
+        base_ratio=second.base_ms / first.base_ms if first.base_ms else None,
         entries=every.size,
         curves=len(ratios),
         deviation_median=float(np.median(deviation)),

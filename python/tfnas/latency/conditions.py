@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from tfnas.latency.chain import ChainTimer, HostChainTimer
+from tfnas.latency.chain_cuda import CudaChainTimer
 from tfnas.latency.engine import Conditions, Engine, EngineUnavailable
+from tfnas.latency.engine_onnxruntime import OnnxruntimeEngine
 from tfnas.latency.engine_torch import TorchEngine
 from tfnas.space import Space
-from tfnas_ext.timing import CpuTimer
+from tfnas_ext.timing import CpuTimer, Timer
+from tfnas_ext.timing_cuda import CudaDevice, CudaTimer
 
 
 def make_engine(space: Space, conditions: Conditions) -> Engine:
@@ -20,9 +23,22 @@ def make_engine(space: Space, conditions: Conditions) -> Engine:
         )
     if conditions.engine in ("eager", "compile"):
         return TorchEngine(space, conditions)
-    raise EngineUnavailable(f"engine {conditions.engine!r} is not available in this version; use eager or compile")
+    if conditions.engine == "onnxruntime":
+        return OnnxruntimeEngine(space, conditions)
+    raise EngineUnavailable(
+        f"engine {conditions.engine!r} is not available in this version; use eager, compile or onnxruntime"
+    )
+
+
+def make_section_timer(conditions: Conditions) -> Timer:
+    """The timer of single sections in mode `slope`: on a GPU captured graphs with a cold L2 cache."""
+    if torch.device(conditions.device).type == "cuda":
+        return CudaTimer(CudaDevice(torch.device(conditions.device).index), cold=True, graph=True)
+    return CpuTimer(threads=conditions.threads)
 
 
 def make_timer(conditions: Conditions) -> ChainTimer:
     """The chain timer of the conditions' device."""
+    if torch.device(conditions.device).type == "cuda":
+        return CudaChainTimer(CudaTimer(CudaDevice(torch.device(conditions.device).index)))
     return HostChainTimer(CpuTimer(threads=conditions.threads))

@@ -48,7 +48,7 @@ class TorchEngine:
     def network(self, arch: Architecture) -> list[Section]:
         if self.conditions.engine == "compile":
             return [self._section(lambda: build_network(arch))]
-        network = self._module(lambda: build_network(arch))
+        network = self.module(lambda: build_network(arch))
         blocks = [block for stage in network.stages.children() for block in stage.children()]
         return [network.stem, *blocks, network.head]
 
@@ -56,7 +56,8 @@ class TorchEngine:
     def _memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.conditions.layout == "channels_last" else torch.contiguous_format
 
-    def _module(self, make: Callable[[], M]) -> M:
+    def module(self, make: Callable[[], M]) -> M:
+        """A module made by `make`, ready to run under the conditions."""
         # weights are random: the caller's random state must not notice
         with torch.random.fork_rng(devices=[]):
             module = make()
@@ -65,7 +66,7 @@ class TorchEngine:
         return module.to(memory_format=self._memory_format)
 
     def _section(self, make: Callable[[], nn.Module]) -> Section:
-        module = self._module(make)
+        module = self.module(make)
         return torch.compile(module, dynamic=False) if self.conditions.engine == "compile" else module
 
 

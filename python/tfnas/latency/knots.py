@@ -17,10 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
-from tfnas.latency.lut import Curve
+from tfnas.latency.lut import Curve, IntArray
 from tfnas.space import OpKey, Space
 
 Shape = tuple[int, int, int, int]
@@ -166,7 +168,7 @@ class KnotPlacement:
                     2 * other.deviation * (other.right - other.left) / length
                     for other in tested
                     if other.deviation
-                    and other.key != interval.key
+                    and other.key is not interval.key
                     and other.left >= interval.left - self._min_gap
                     and other.right <= interval.right + self._min_gap
                 ]
@@ -189,7 +191,7 @@ class KnotPlacement:
         stack = [(first, last, _PROBE)]
         while stack:
             left, right, suspicion = stack.pop()
-            middle = self._middle(widths, left, right)
+            middle = _middle(kind, track, self._period, left, right) if right - left >= 2 * self._min_gap else None
             if middle is None:
                 continue
             if middle not in known:
@@ -199,30 +201,12 @@ class KnotPlacement:
             yield _Interval(key, left, right, middle, suspicion, deviation)
             stack += [(left, middle, deviation), (middle, right, deviation)]
 
-    def _track(self, key: OpKey, kind: str, track: int) -> np.ndarray:
-        """The widths that a track of the curve interpolates through: multiples, the others, step ends, or all."""
+    def _track(self, key: OpKey, kind: str, track: int) -> IntArray:
+        """All widths of a track of a curve; its ends are measured first."""
         low, high = self._ranges[key]
         widths = np.arange(low, high + 1)
-        aligned = widths % self._period == 0
-        if kind == "sawtooth":
-            return widths[aligned] if track == 0 else widths[~aligned]
-        if kind == "steps":
-            return widths[aligned | (widths == low) | (widths == high)]
-        return widths
-
-    def _middle(self, widths: np.ndarray, left: int, right: int) -> int | None:
-        """The width that splits (left, right): near the middle, well aligned; None where the interval is too short."""
-        if right - left < 2 * self._min_gap:
-            return None
-        exact = (left + right) / 2
-        inside = widths[(widths > left) & (widths < right) & (np.abs(widths - exact) <= (right - left) / 4)]
-        if inside.size == 0:
-            return None
-        for step in (self._period, max(self._period // 2, 1), 1):
-            candidates = inside[inside % step == 0]
-            if candidates.size:
-                return int(candidates[np.argmin(np.abs(candidates - exact))])
-        return None
+        on_track = _on_track(kind, track, self._period, widths)
+        return widths[on_track | (widths == low) | (widths == high)] if kind == "steps" else widths[on_track]
 
     def _probed(self, shape: Shape) -> OpKey:
         """The curve of a shape that is probed for its kind: the one over the widest range (the first of equals)."""
@@ -301,6 +285,27 @@ def place_knots(
         found = measure(key, width)
         placement.record(key, width, found.latency_ms, rel_stdev=found.rel_stdev, samples=found.samples)
     return placement.curves()
+
+
+def _on_track(kind: str, track: int, period: int, widths: IntArray) -> npt.NDArray[np.bool_]:
+    """Which widths a track of a curve interpolates through: multiples, the others, the last of each step, or all."""
+    if kind == "linear":
+        return np.ones(widths.shape, dtype=bool)
+    return (widths % period == 0) == (track == 0)
+
+
+@lru_cache(maxsize=8192)
+def _middle(kind: str, track: int, period: int, left: int, right: int) -> int | None:
+    """The width of a track that splits (left, right): in its middle half, well aligned; None where there is none."""
+    exact, reach = (left + right) / 2, (right - left) / 4
+    first, last = max(left + 1, math.ceil(exact - reach)), min(right - 1, math.floor(exact + reach))
+    inside = np.arange(first, last + 1)
+    inside = inside[_on_track(kind, track, period, inside)]
+    for step in (period, max(period // 2, 1), 1):
+        candidates = inside[inside % step == 0]
+        if candidates.size:
+            return int(candidates[np.argmin(np.abs(candidates - exact))])
+    return None
 
 
 def _shape(key: OpKey) -> Shape:

@@ -38,7 +38,7 @@ class Sample:
 def usable(samples: list[Sample], drift: FloatArray) -> Samples:
     """Undisturbed samples (ms, drift divided out), the others counted as rejected.
 
-    Where more than half were disturbed there is no quiet to wait for: then all are used and the noise stays in.
+    Where more than half were disturbed there is no quiet to wait for: then all are used.
     """
     kept = [s for s in samples if not s.disturbed]
     if 2 * len(kept) < len(samples):

@@ -13,22 +13,24 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from tfnas.architecture import Architecture
 from tfnas.latency.additivity import FITTING, FloatArray, additivity_report, fit_correction, random_architectures
 from tfnas.latency.chain import ChainTimer
 from tfnas.latency.chain_profiler import ChainProfiler
-from tfnas.latency.conditions import make_engine, make_timer
+from tfnas.latency.conditions import make_engine, make_section_timer, make_timer
 from tfnas.latency.engine import Conditions, Engine
 from tfnas.latency.header import describe_conditions
 from tfnas.latency.knots import KnotPlacement, searchable_ranges
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.measurements import Measurements
+from tfnas.latency.slope_profiler import SlopeProfiler
 from tfnas.space import Space
-from tfnas_ext.timing import StopRule
+from tfnas_ext.timing import StopRule, Timer
 from tfnas_ext.timing_host import pinned_threads, set_allocator
 
 _WIDTHS_SHARE = 0.75  # of the budget; the rest measures whole networks
@@ -44,12 +46,16 @@ class NoisyMachineWarning(UserWarning):
 class ProfileOptions:
     """How to build a table. Times in seconds, shares as fractions.
 
+    `mode` says how a block is put in context: "chain" (a network of all sections, a time stamp between any two) or
+    "slope" (marginal cost in a chain of copies); "auto" takes chain on a CPU, slope on a GPU.
+
     `budget_s` bounds the whole build (a resumed one: what is left of it); every curve gets both its ends whatever the
     budget. `tolerance` is the interpolation error that makes a curve's interval be split, `half_width`
     the precision of each median (95 %), `noise_limit` the median precision above which the machine counts as noisy.
     """
 
     conditions: Conditions = field(default_factory=Conditions)
+    mode: Literal["auto", "chain", "slope"] = "auto"
     budget_s: float = 240.0
     tolerance: float = 0.02
     half_width: float = 0.01
@@ -61,12 +67,21 @@ class ProfileOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.mode not in ("auto", "chain", "slope"):
+            raise ValueError(f"mode: expected auto, chain or slope, got {self.mode!r}")
         for name in ("budget_s", "tolerance", "half_width", "noise_limit"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value!r}")
         for name, least in (("min_samples", 3), ("max_samples", self.min_samples), ("fit_architectures", 3)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    @property
+    def chosen_mode(self) -> str:
+        """ "chain" or "slope"."""
+        if self.mode != "auto":
+            return self.mode
+        return "slope" if torch.device(self.conditions.device).type == "cuda" else "chain"
 
     @property
     def period(self) -> int:
@@ -92,6 +107,7 @@ def build_table(
     progress: Callable[[Progress], None] | None = None,
     engine: Engine | None = None,
     timer: ChainTimer | None = None,
+    section_timer: Timer | None = None,
     now_s: Callable[[], float] = time.monotonic,
 ) -> LatencyTable:
     """Measure a latency table of `space` under `options.conditions`; latencies in ms.
@@ -109,6 +125,7 @@ def build_table(
             options,
             engine or make_engine(space, options.conditions),
             timer or make_timer(options.conditions),
+            section_timer or make_section_timer(options.conditions),
             partial,
             progress,
             now_s,
@@ -123,13 +140,18 @@ class _Build:
         options: ProfileOptions,
         engine: Engine,
         timer: ChainTimer,
+        section_timer: Timer,
         partial: str | os.PathLike[str] | None,
         progress: Callable[[Progress], None] | None,
         now_s: Callable[[], float],
     ) -> None:
         self.space, self.options, self.engine = space, options, engine
         self.partial, self.progress, self.now_s = partial, progress, now_s
-        self.identity: dict[str, Any] = {"space": space.name, "reference": _curve_names(space)}
+        self.identity: dict[str, Any] = {
+            "space": space.name,
+            "curves": [str(key) for key in space.keys],
+            "mode": options.chosen_mode,
+        }
         self.identity |= options.conditions.as_dict()
         resumed = partial is not None and os.path.exists(partial)
         self.data = Measurements.load(partial, self.identity) if resumed and partial is not None else Measurements()
@@ -138,7 +160,12 @@ class _Build:
         self.saved_s = self.start_s
         self.rule = StopRule(options.half_width, options.min_samples, options.max_samples, options.budget_s)
         self.ranges = searchable_ranges(space)
-        self.profiler = ChainProfiler(space, engine, timer, self.data, seed=options.seed, now_s=now_s)
+        shared = (space, engine, timer, self.data)
+        self.profiler = (
+            SlopeProfiler(*shared, section_timer=section_timer, seed=options.seed, now_s=now_s)
+            if options.chosen_mode == "slope"
+            else ChainProfiler(*shared, seed=options.seed, now_s=now_s)
+        )
 
     @property
     def spent_s(self) -> float:
@@ -160,7 +187,7 @@ class _Build:
         additivity = additivity_report(sums_ms, whole_ms, correction)
         noise = self._noise()
         header = describe_conditions(self.options.conditions, self.space, allocator) | {
-            "mode": "chain",
+            "mode": self.options.chosen_mode,
             "widths_measured": len(self.data.blocks),
             "seconds": round(self.spent_s, 1),
             "reference_ms": self.data.reference.total_ms(),
@@ -246,7 +273,3 @@ class _Build:
         if self.progress is not None:
             left = max(0.0, self.options.budget_s - self.spent_s)
             self.progress(Progress(phase, len(self.data.blocks), min(1.0, share), 0.0 if phase == "done" else left))
-
-
-def _curve_names(space: Space) -> list[str]:
-    return [str(key) for key in space.keys]

@@ -1,0 +1,175 @@
+"""Engine `onnxruntime`: sections are inference sessions on the CPU, their graphs written straight from the modules.
+
+The general exporter takes seconds a block; a table needs hundreds. The blocks have one shape, so their graphs are
+built here, batch norms unfolded: folding and fusing is the session's own business, as in a deployed network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tfnas.latency.chain import Section
+from tfnas.latency.engine import Conditions, EngineUnavailable
+from tfnas.latency.engine_torch import TorchEngine, make_block
+from tfnas.network import Head, MBInvRes, SqueezeExcite, Stem, build_head, build_network, build_stem
+from tfnas.space import OpKey, Space
+
+if TYPE_CHECKING:
+    from tfnas.architecture import Architecture
+
+OPSET = 17
+
+
+class OnnxruntimeEngine:
+    """Sessions of onnxruntime's CPU provider, `conditions.threads` threads, all graph optimisations on.
+
+    Raises `EngineUnavailable` where onnxruntime or onnx is not installed, or the conditions are not its own (float32
+    on the CPU; it chooses layouts itself, inputs are NCHW).
+    """
+
+    def __init__(self, space: Space, conditions: Conditions) -> None:
+        wanted = {"device": "cpu", "dtype": "float32", "layout": "nchw"}
+        for name, value in wanted.items():
+            if getattr(conditions, name) != value:
+                raise EngineUnavailable(
+                    f"engine 'onnxruntime' runs with {name}={value} only, got {name}={getattr(conditions, name)}"
+                )
+        try:
+            import onnx
+            import onnxruntime
+        except ImportError as error:
+            raise EngineUnavailable(
+                f"engine 'onnxruntime' needs packages that are not installed ({error}); run: "
+                "pip install 'tfnas-ext[export]'"
+            ) from None
+        self._onnx, self._onnxruntime = onnx, onnxruntime
+        self.space, self.conditions = space, conditions
+        self._torch = TorchEngine(space, conditions)
+
+    def input(self) -> torch.Tensor:
+        return self._torch.input()
+
+    def stem(self) -> Section:
+        return self._section(lambda: build_stem(self.space))
+
+    def head(self) -> Section:
+        return self._section(lambda: build_head(self.space))
+
+    def block(self, key: OpKey, width: int) -> Section:
+        return self._section(lambda: make_block(key, width))
+
+    def network(self, arch: Architecture) -> list[Section]:
+        """One session for the whole network, as it would be deployed."""
+
+        def make() -> nn.Sequential:
+            network = build_network(arch)
+            blocks = [block for stage in network.stages.children() for block in stage.children()]
+            return nn.Sequential(network.stem, *blocks, network.head)
+
+        return [self._section(make)]
+
+    def _section(self, make: Callable[[], nn.Module]) -> Section:
+        module = self._torch.module(make)
+        graph = OnnxGraph(self._onnx)
+        model = graph.model(module)
+        options = self._onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.conditions.threads
+        options.inter_op_num_threads = 1
+        session = self._onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+class OnnxGraph:
+    """Writes modules of `tfnas.network`, in evaluation mode, as nodes of one ONNX graph from "x" to "y"."""
+
+    def __init__(self, onnx: Any) -> None:
+        self._helper, self._numpy_helper = onnx.helper, onnx.numpy_helper
+        self._float = onnx.TensorProto.FLOAT
+        self.nodes: list[Any] = []
+        self.weights: list[Any] = []
+
+    def model(self, module: nn.Module) -> Any:
+        """The whole model (`onnx.ModelProto`); shapes are left open."""
+        last = self.add(module, "x")
+        shape = ["n", "classes"] if self.nodes[-1].op_type == "Gemm" else ["n", "c_out", "h_out", "w_out"]
+        self._node("Identity", [last], output="y")
+        make = self._helper.make_tensor_value_info
+        graph = self._helper.make_graph(
+            self.nodes,
+            "section",
+            [make("x", self._float, ["n", "c", "h", "w"])],
+            [make("y", self._float, shape)],
+            self.weights,
+        )
+        opset = self._helper.make_opsetid("", OPSET)
+        return self._helper.make_model(graph, opset_imports=[opset], ir_version=8)
+
+    def add(self, module: nn.Module, x: str) -> str:
+        """Append `module` applied to value `x`; returns the name of its output."""
+        if isinstance(module, nn.Sequential):
+            for child in module:
+                x = self.add(child, x)
+            return x
+        if isinstance(module, Stem):
+            return self.add(module.block, self._chain(x, module.conv_stem, module.bn1, module.act1))
+        if isinstance(module, Head):
+            y = self._chain(x, module.conv_head, module.bn2, module.act2)
+            return self.add(module.classifier, self._node("Flatten", [self._node("GlobalAveragePool", [y])]))
+        if isinstance(module, MBInvRes):
+            y = self._chain(x, module.conv_pw, module.bn1, module.act1) if module.expand else x
+            y = self._chain(y, module.conv_dw, module.bn2, module.act2, module.se, module.conv_pwl, module.bn3)
+            return self._node("Add", [x, y]) if module.has_residual else y
+        if isinstance(module, SqueezeExcite):
+            mean = self._node("GlobalAveragePool", [x])
+            gate = self._chain(mean, module.conv_reduce, module.act1, module.conv_expand)
+            return self._node("Mul", [x, self._node("Sigmoid", [gate])])
+        return self._leaf(module, x)
+
+    def _chain(self, x: str, *modules: nn.Module) -> str:
+        for module in modules:
+            x = self.add(module, x)
+        return x
+
+    def _leaf(self, module: nn.Module, x: str) -> str:
+        if isinstance(module, nn.Conv2d):
+            pads = [int(p) for p in module.padding] * 2 if isinstance(module.padding, tuple) else []
+            inputs = [x, *self._tensors(module.weight, module.bias)]
+            return self._node("Conv", inputs, strides=list(module.stride), pads=pads, group=module.groups)
+        if isinstance(module, nn.BatchNorm2d):
+            tensors = self._tensors(module.weight, module.bias, module.running_mean, module.running_var)
+            return self._node("BatchNormalization", [x, *tensors], epsilon=module.eps)
+        if isinstance(module, nn.Linear):
+            return self._node("Gemm", [x, *self._tensors(module.weight, module.bias)], transB=1)
+        if isinstance(module, nn.SiLU):
+            return self._node("Mul", [x, self._node("Sigmoid", [x])])
+        if isinstance(module, nn.Hardswish):
+            return self._node("HardSwish", [x])
+        if isinstance(module, nn.ReLU6):
+            limits = self._tensors(torch.tensor(0.0), torch.tensor(6.0))
+            return self._node("Clip", [x, *limits])
+        if isinstance(module, nn.ReLU):
+            return self._node("Relu", [x])
+        if isinstance(module, nn.Identity):
+            return x
+        raise EngineUnavailable(f"engine 'onnxruntime' knows no {type(module).__name__}")
+
+    def _tensors(self, *values: torch.Tensor | None) -> list[str]:
+        names = []
+        for value in values:
+            if value is not None:
+                names.append(f"w{len(self.weights)}")
+                array = np.ascontiguousarray(value.detach().cpu().numpy())
+                self.weights.append(self._numpy_helper.from_array(array, names[-1]))
+        return names
+
+    def _node(self, kind: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
+        name = output or f"v{len(self.nodes)}"
+        self.nodes.append(self._helper.make_node(kind, inputs, [name], **attributes))
+        return name

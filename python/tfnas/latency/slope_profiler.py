@@ -1,0 +1,117 @@
+"""Measures sections one by one by the slope over chains of copies; on a GPU the chains are captured graphs.
+
+A block that can follow itself (same shape in and out) does: its input is warm from the copy before it, as in a
+network, its weights are cold. Others run on independent inputs, one a copy. Whole networks and the reference chain are
+timed as in `ChainProfiler`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tfnas.latency.chain import Section, Sections
+from tfnas.latency.chain_profiler import ChainProfiler, kind_of_key, kind_of_layer
+from tfnas.latency.measurements import Config, Sample
+from tfnas_ext.timing import Samples, StopRule, Timer
+from tfnas_ext.timing_cuda import CudaTimer
+from tfnas_ext.timing_slope import measure_slope
+
+LENGTHS = (1, 2, 4)
+_BASE_EVERY = 16  # visits between two samples of stem and head
+
+
+class SlopeProfiler(ChainProfiler):
+    """`ChainProfiler` whose samples of single sections are slopes, taken with `section_timer`."""
+
+    def __init__(self, *args: Any, section_timer: Timer, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section_timer = section_timer
+        self._chains: dict[Config | str, dict[int, Callable[[], object]]] = {}
+        self._visits = 0
+        self._slots = {kind_of_layer(layer): 1 + layer.index for layer in reversed(self.space.layers)}
+
+    def measure_networks(
+        self, networks: Sequence[Sections], rule: StopRule, deadline_s: float, least: int = 3
+    ) -> list[Samples]:
+        """As `ChainProfiler.measure_networks`, without time stamps inside the networks."""
+        return super().measure_networks([[composed(network)] for network in networks], rule, deadline_s, least)
+
+    def _visit(self, waiting: Sequence[Config]) -> None:
+        self._forget(set(self._chains) - set(waiting) - {"stem", "head"})
+        if self._visits % _BASE_EVERY == 0:
+            self._sample("stem", self.engine.stem, self._input, 0, self.measurements.stem)
+            with torch.inference_mode():
+                x = composed(self._reference[:-1])(self._input)
+            self._sample("head", self.engine.head, x, len(self._reference) - 1, self.measurements.head)
+        self._visits += 1
+        fewest = min(self.measurements.count(config) for config in waiting)
+        config = self.rng.choice(np.array([i for i, c in enumerate(waiting) if self.measurements.count(c) == fewest]))
+        key, width = waiting[int(config)]
+        shape = (self.engine.conditions.batch, key.in_channels, key.resolution, key.resolution)
+        layout = torch.channels_last if self.engine.conditions.layout == "channels_last" else torch.contiguous_format
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self._input)
+        x = x.contiguous(memory_format=layout)
+        samples = self.measurements.blocks[key, width]
+        follows_itself = key.stride == 1 and key.in_channels == key.out_channels
+        self._sample(
+            (key, width),
+            lambda: self.engine.block(key, width),
+            x,
+            self._slots[kind_of_key(key)],
+            samples,
+            follows_itself,
+        )
+
+    def _sample(
+        self,
+        name: Config | str,
+        make: Callable[[], Section],
+        x: torch.Tensor,
+        slot: int,
+        samples: list[Sample],
+        follows_itself: bool = False,
+    ) -> None:
+        if name not in self._chains:
+            copies = [make() for _ in range(max(LENGTHS))]
+            inputs = [x.clone() for _ in copies]
+            self._chains[name] = {n: chain_of(copies[:n], inputs, follows_itself) for n in LENGTHS}
+            for chain in self._chains[name].values():
+                self.section_timer.warm_up(chain, 3)
+        slope = measure_slope(self.section_timer, self._chains[name], rng=self.rng)
+        number = self.measurements.reference.add(self.timer.run(self._reference, self._input).sections_ms)
+        # a slope of noise may come out at or below 0: nothing real is that fast
+        disturbed = slope.rejected > 0 or slope.slope_ms <= 0
+        samples.append(Sample(max(slope.slope_ms, 1e-6), number, slot, disturbed))
+
+    def _forget(self, names: set[Config | str]) -> None:
+        for name in names:
+            chains = self._chains.pop(name)
+            if isinstance(self.section_timer, CudaTimer):
+                self.section_timer.forget(chains.values())
+
+
+def composed(sections: Sections) -> Section:
+    """All sections as one."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for section in sections:
+            x = section(x)
+        return x
+
+    return run
+
+
+def chain_of(copies: Sections, inputs: Sequence[torch.Tensor], follows_itself: bool) -> Callable[[], object]:
+    """A call that runs `copies` one after the other: each on the output of the one before, or each on its own input."""
+
+    @torch.inference_mode()
+    def run() -> None:
+        y = inputs[0]
+        for copy, x in zip(copies, inputs, strict=False):
+            y = copy(y if follows_itself else x)
+
+    return run

@@ -1,0 +1,112 @@
+"""The engines: their sections compute the same network, and what cannot run says why."""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+import pytest
+import torch
+from tfnas.latency.additivity import random_architectures
+from tfnas.latency.conditions import make_engine
+from tfnas.latency.engine import Conditions, EngineUnavailable
+from tfnas.latency.engine_onnxruntime import OnnxGraph
+from tfnas.latency.engine_torch import TorchEngine, make_block
+from tfnas.network import build_head, build_network, build_stem
+from tfnas.space_io import load_space
+
+SMALL = load_space("small")
+
+
+def run(sections: list[Any], x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        for section in sections:
+            x = section(x)
+    return x
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eager_sections_are_the_network(layout: str, dtype: str) -> None:
+    engine = TorchEngine(SMALL, Conditions(batch=2, layout=layout, dtype=dtype))
+    (arch,) = random_architectures(SMALL, 1, seed=3)
+    x = engine.input()
+    assert x.shape == (2, 1, 28, 28)
+    assert x.dtype == getattr(torch, dtype)
+    sections = engine.network(arch)
+    assert len(sections) == 2 + sum(len(stage) for stage in arch.stages)
+    logits = run(sections, x)
+    assert logits.shape == (2, 10)
+    assert logits.isfinite().all()
+    block = engine.block(SMALL.layers[1].key(4), 96)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    y = torch.zeros(2, 24, 14, 14, dtype=x.dtype).contiguous(memory_format=memory_format)
+    assert run([block], y).is_contiguous(memory_format=memory_format)
+
+
+def onnx_error(module: torch.nn.Module, x: torch.Tensor) -> float:
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = OnnxGraph(onnx).model(module.eval())
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    with torch.inference_mode():
+        expected = module.double()(x.double())
+    got = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("act", ["relu", "relu6", "swish", "hard_swish"])
+def test_onnx_graphs_compute_the_modules(act: str) -> None:
+    torch.manual_seed(0)
+    space = load_space("small", {"head_act": act, "stem_act": act})
+    x = torch.randn(2, 1, 28, 28)
+    assert onnx_error(build_stem(space), x) < 1e-5
+    assert onnx_error(build_head(space), torch.randn(2, 160, 7, 7)) < 1e-5
+    for layer in (space.layers[0], space.layers[1]):
+        for candidate in (0, 3):
+            key = layer.key(candidate)
+            key = type(key)(**{**vars(key), "act": act})
+            y = torch.randn(2, key.in_channels, key.resolution, key.resolution)
+            assert onnx_error(make_block(key, 50), y) < 1e-5, key
+
+
+def test_onnxruntime_runs_whole_networks() -> None:
+    pytest.importorskip("onnxruntime")
+    engine = make_engine(SMALL, Conditions(engine="onnxruntime", batch=2))
+    (arch,) = random_architectures(SMALL, 1, seed=3)
+    (whole,) = engine.network(arch)
+    torch.manual_seed(0)
+    assert run([whole], engine.input()).shape == (2, 10)
+    network = build_network(arch).eval()
+    assert (
+        onnx_error(torch.nn.Sequential(network.stem, *network.stages, network.head), torch.randn(1, 1, 28, 28)) < 1e-5
+    )
+
+
+def test_missing_onnxruntime_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "onnxruntime":
+            raise ImportError("No module named 'onnxruntime'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(EngineUnavailable, match=r"pip install 'tfnas-ext\[export\]'"):
+        make_engine(SMALL, Conditions(engine="onnxruntime"))
+
+
+@pytest.mark.parametrize("bad", [{"layout": "channels_last"}, {"dtype": "float16"}])
+def test_onnxruntime_refuses_conditions_not_its_own(bad: dict[str, str]) -> None:
+    with pytest.raises(EngineUnavailable, match=next(iter(bad))):
+        make_engine(SMALL, Conditions(engine="onnxruntime", **bad))
+
+
+@pytest.mark.slow
+def test_compile_runs_blocks_and_networks() -> None:
+    engine = TorchEngine(SMALL, Conditions(engine="compile"))
+    (arch,) = random_architectures(SMALL, 1, seed=3)
+    assert run(engine.network(arch), engine.input()).shape == (1, 10)
+    block = engine.block(SMALL.layers[1].key(4), 96)
+    assert run([block], torch.zeros(1, 24, 14, 14)).shape == (1, 24, 14, 14)

@@ -1,0 +1,204 @@
+"""The CUDA timer's logic on a scripted device: gate, batches, cold cache, graphs, clock guard, slope."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from tfnas.latency.chain_cuda import CudaChainTimer
+
+from tfnas_ext.timing import StopRule, measure
+from tfnas_ext.timing_cuda import ClockGuard, CudaTimer, GateTimeout
+from tfnas_ext.timing_slope import fit_slope, measure_slope
+
+
+@dataclass
+class ScriptedDevice:
+    """A stream with its own time; work queued behind a closed gate starts when the gate opens."""
+
+    clocks_mhz: list[float | None] = field(default_factory=lambda: [1700.0])
+    log: list[str] = field(default_factory=list)
+    now_ms: float = 0.0
+    closed: bool = False
+    slept_s: float = 0.0
+    timed_out: bool = False
+    captures: int = 0
+    event_ms: float = 0.0
+    reads: int = 0
+
+    def work(self, ms: float) -> None:
+        self.log.append("work")
+        assert self.closed or "closed" not in self.log, "timed work must be queued behind the gate"
+        self.now_ms += ms
+
+    def close_gate(self) -> None:
+        self.log.append("closed")
+        self.closed = True
+
+    def open_gate(self) -> None:
+        self.log.append("opened")
+        self.closed = False
+
+    def record(self) -> float:
+        self.log.append("event")
+        self.now_ms += self.event_ms
+        return self.now_ms
+
+    def elapsed_ms(self, start: float, stop: float) -> float:
+        return stop - start
+
+    def synchronize(self) -> None:
+        if self.closed:
+            self.timed_out = True
+        self.log.append("sync")
+
+    def flush_l2(self) -> None:
+        self.log.append("flush")
+
+    def gate_timed_out(self) -> bool:
+        return self.timed_out
+
+    def sm_clock_mhz(self) -> float | None:
+        self.reads += 1
+        return self.clocks_mhz[min(self.reads, len(self.clocks_mhz)) - 1]
+
+    def capture(self, call: Callable[[], object]) -> Callable[[], object]:
+        self.captures += 1
+        return call
+
+    def sleep(self, seconds: float) -> None:
+        self.slept_s += seconds
+
+
+def test_a_reading_is_queued_behind_the_gate() -> None:
+    device = ScriptedDevice()
+    reading = CudaTimer(device).sample(lambda: device.work(0.25))
+    assert reading.ms == pytest.approx(0.25)
+    assert not reading.disturbed
+    assert device.log == ["sync", "closed", "event", "work", "event", "opened", "sync"]
+
+
+def test_cold_flushes_before_the_gate() -> None:
+    device = ScriptedDevice()
+    CudaTimer(device, cold=True).sample(lambda: device.work(1.0))
+    assert device.log[:3] == ["flush", "sync", "closed"]
+
+
+def test_a_batch_shares_one_event_pair() -> None:
+    device = ScriptedDevice(event_ms=0.008)
+    single = CudaTimer(device).sample(lambda: device.work(0.01))
+    batched = CudaTimer(device, batch=16).sample(lambda: device.work(0.01))
+    assert single.ms == pytest.approx(0.018)
+    assert batched.ms == pytest.approx(0.0105)
+    with pytest.raises(ValueError, match="cold"):
+        CudaTimer(device, cold=True, batch=2)
+    with pytest.raises(ValueError, match="batch"):
+        CudaTimer(device, batch=0)
+
+
+def test_graphs_are_captured_once_per_call() -> None:
+    device = ScriptedDevice()
+    timer = CudaTimer(device, graph=True)
+    calls = [lambda: device.work(1.0), lambda: device.work(2.0)]
+    for call in calls:
+        timer.warm_up(call, 2)
+    assert [timer.sample(call).ms for call in calls * 2] == [1.0, 2.0, 1.0, 2.0]
+    assert device.captures == 2
+
+
+def test_work_that_synchronises_is_reported_and_the_gate_opened() -> None:
+    device = ScriptedDevice()
+
+    def call() -> None:
+        device.work(1.0)
+        device.synchronize()
+
+    with pytest.raises(GateTimeout, match=r"\.item\(\)"):
+        CudaTimer(device).sample(call)
+    assert not device.closed
+    device = ScriptedDevice()
+    with pytest.raises(ZeroDivisionError):
+        CudaTimer(device).sample(lambda: 1 / 0)
+    assert not device.closed
+
+
+def test_throttled_readings_are_rejected_counted_and_waited_out() -> None:
+    device = ScriptedDevice(clocks_mhz=[1700.0] * 20 + [1200.0] * 5 + [1700.0] * 1000)
+    guard = ClockGuard(pause_s=0.1, longest_pause_s=0.4)
+    timer = CudaTimer(device, guard=guard)
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        device.work(1.5 if 20 < calls - 3 <= 25 else 1.0)
+
+    samples = measure(call, timer=timer, rule=StopRule(min_samples=50), warm_up=3)
+    assert np.all(samples.values_ms == 1.0)
+    assert samples.rejected == guard.rejected == 5
+    assert device.slept_s == pytest.approx(0.1 + 0.2 + 0.4 + 0.4 + 0.4)
+
+
+def test_an_unreadable_clock_rejects_nothing() -> None:
+    guard = ClockGuard()
+    assert guard.accepts(None)
+    assert not guard.known
+    assert guard.accepts(1000.0)
+    assert guard.known
+
+
+def test_slope_ignores_the_intercept_and_outliers() -> None:
+    rng = np.random.default_rng(1)
+    lengths = np.array([1, 2, 4, 8] * 6)
+    times = 0.7 + 0.05 * lengths + rng.normal(0, 1e-4, lengths.size)
+    times[::6] += 1.0
+    slope = fit_slope(lengths, times)
+    assert slope.slope_ms == pytest.approx(0.05, abs=3e-4)
+    assert slope.intercept_ms == pytest.approx(0.7, abs=0.01)
+    assert 0 < slope.stderr_ms < 1e-3
+    with pytest.raises(ValueError, match="different"):
+        fit_slope(np.array([2, 2]), np.array([1.0, 1.1]))
+
+
+def test_measured_slope_is_the_marginal_cost() -> None:
+    device = ScriptedDevice(event_ms=0.02, clocks_mhz=[1700.0] * 6 + [900.0] + [1700.0])
+
+    def chain(length: int) -> Callable[[], object]:
+        slow = 2.0 if device.reads == 6 else 1.0
+        return lambda: [device.work(0.03 * slow) for _ in range(length)]
+
+    slope = measure_slope(CudaTimer(device), {n: chain(n) for n in (1, 2, 4, 8)}, rng=np.random.default_rng(0))
+    assert slope.slope_ms == pytest.approx(0.03)
+    assert slope.rejected == 1
+    assert device.reads == 3 * 4 + 1
+
+
+def test_a_chain_is_stamped_between_sections() -> None:
+    device = ScriptedDevice()
+
+    def section(ms: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            device.work(ms)
+            return x + 1
+
+        return run
+
+    result = CudaChainTimer(CudaTimer(device)).run([section(1.0), section(0.5), section(0.25)], torch.zeros(1))
+    assert result.sections_ms.tolist() == [1.0, 0.5, 0.25]
+    assert not result.disturbed.any()
+    assert device.log.count("closed") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_events_agree_with_cupy() -> None:
+    cupyx = pytest.importorskip("cupyx.profiler", reason="cupy is not installed")
+    import tfnas_ext  # noqa: F401
+
+    x = torch.randn(2048, 2048, device="cuda")
+    ours = measure(lambda: x @ x, timer=CudaTimer(batch=8), rule=StopRule(0.002, min_samples=30, time_limit_s=3.0))
+    theirs = cupyx.benchmark(lambda: x @ x, n_repeat=200)
+    assert ours.median_ms > 0.05
+    assert ours.median_ms == pytest.approx(float(np.median(theirs.gpu_times)) * 1e3, rel=0.02)

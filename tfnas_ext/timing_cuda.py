@@ -1,0 +1,229 @@
+"""The CUDA twin of `timing.CpuTimer`: event pairs behind a closed gate, cold or hot L2, captured graphs, clock guard.
+
+The host closes a gate (a kernel that waits), queues start event, work and stop event behind it, and opens it: how long
+the host takes to queue the work is then outside the measured time. All logic talks to a `Device`, which the tests
+script; `CudaDevice` is the real one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tfnas_ext.timing import Reading
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Device(Protocol):
+    """The few things a GPU timer asks of its device; times in ms, clocks in MHz."""
+
+    def close_gate(self) -> None: ...
+
+    def open_gate(self) -> None: ...
+
+    def record(self) -> Any:
+        """Queue a time stamp on the current stream."""
+
+    def elapsed_ms(self, start: Any, stop: Any) -> float: ...
+
+    def synchronize(self) -> None: ...
+
+    def flush_l2(self) -> None:
+        """Queue the eviction of everything in the L2 cache."""
+
+    def gate_timed_out(self) -> bool: ...
+
+    def sm_clock_mhz(self) -> float | None:
+        """The SM clock right now; None where it cannot be read."""
+
+    def capture(self, call: Callable[[], object]) -> Callable[[], object]:
+        """`call` as a captured graph, ready to be replayed."""
+
+    def sleep(self, seconds: float) -> None: ...
+
+
+class GateTimeout(RuntimeError):
+    """The timed work waited for the device while it was held back, or took too long to queue."""
+
+
+@dataclass
+class ClockGuard:
+    """Notices throttling: a reading counts only where the SM clock is at least `floor` of the run's usual clock.
+
+    After a rejection the device gets a pause, doubled each time up to `longest_pause_s`. Where the clock cannot be
+    read every reading counts, and `known` stays False.
+    """
+
+    floor: float = 0.98
+    pause_s: float = 0.05
+    longest_pause_s: float = 1.0
+    clocks_mhz: list[float] = field(default_factory=list)
+    rejected: int = 0
+    _pause_s: float = field(default=0.0, repr=False)
+
+    @property
+    def known(self) -> bool:
+        return bool(self.clocks_mhz)
+
+    @property
+    def usual_mhz(self) -> float:
+        """Median of the clocks seen so far."""
+        return float(np.median(self.clocks_mhz))
+
+    def accepts(self, clock_mhz: float | None) -> bool:
+        """Judge a reading taken at `clock_mhz` and remember it."""
+        if clock_mhz is None:
+            return True
+        self.clocks_mhz.append(clock_mhz)
+        good = clock_mhz >= self.floor * self.usual_mhz
+        if good:
+            self._pause_s = 0.0
+        else:
+            self.rejected += 1
+            self._pause_s = min(self.longest_pause_s, max(self.pause_s, 2 * self._pause_s))
+        return good
+
+    @property
+    def wanted_pause_s(self) -> float:
+        """How long to let the device rest before the next reading; 0 after a good one."""
+        return self._pause_s
+
+
+class CudaTimer:
+    """Times a call on the GPU; a `timing.Timer`.
+
+    `cold` flushes the L2 cache before every reading (hot otherwise). `graph` captures the call once and replays it,
+    for work of many short kernels. `batch` calls share one event pair, because events resolve about 0.5 us only: a
+    reading is their mean. A reading is disturbed when the SM clock had dropped (`ClockGuard`).
+    """
+
+    def __init__(
+        self,
+        device: Device | None = None,
+        *,
+        cold: bool = False,
+        graph: bool = False,
+        batch: int = 1,
+        guard: ClockGuard | None = None,
+    ) -> None:
+        if batch < 1:
+            raise ValueError(f"batch: expected at least 1 call an event pair, got {batch}")
+        if cold and batch > 1:
+            raise ValueError(f"batch: with a cold cache each call needs an event pair of its own, got {batch}")
+        self.device: Device = CudaDevice() if device is None else device
+        self.cold, self.graph, self.batch = cold, graph, batch
+        self.guard = ClockGuard() if guard is None else guard
+        self._graphs: dict[int, tuple[Callable[[], object], Callable[[], object]]] = {}
+
+    def warm_up(self, call: Callable[[], object], calls: int) -> None:
+        for _ in range(max(calls, 1)):
+            call()
+        self.device.synchronize()
+        if self.graph:
+            self._replayed(call)()
+            self.device.synchronize()
+
+    def sample(self, call: Callable[[], object]) -> Reading:
+        run = self._replayed(call) if self.graph else call
+        (elapsed_ms,), disturbed = self.stamped([run] * self.batch, stamps_every=self.batch)
+        return Reading(elapsed_ms / self.batch, disturbed)
+
+    def stamped(self, calls: list[Callable[[], object]], stamps_every: int = 1) -> tuple[list[float], bool]:
+        """Run `calls` in order behind the gate with a time stamp after every `stamps_every` of them.
+
+        Returns the ms between stamps and whether the reading is disturbed. Raises `GateTimeout`.
+        """
+        device = self.device
+        device.sleep(self.guard.wanted_pause_s)
+        if self.cold:
+            device.flush_l2()
+        device.synchronize()
+        device.close_gate()
+        try:
+            events = [device.record()]
+            for i, call in enumerate(calls, start=1):
+                call()
+                if i % stamps_every == 0:
+                    events.append(device.record())
+        finally:
+            device.open_gate()
+        device.synchronize()
+        if device.gate_timed_out():
+            raise GateTimeout(
+                "the timed work waited for the device (a copy to the host, .item(), a synchronisation) or took seconds "
+                "to queue; time it without that, or with graph=True"
+            )
+        disturbed = not self.guard.accepts(device.sm_clock_mhz())
+        return [device.elapsed_ms(a, b) for a, b in pairwise(events)], disturbed
+
+    def forget(self, calls: Iterable[Callable[[], object]]) -> None:
+        """Free the captured graphs of `calls`."""
+        for call in calls:
+            self._graphs.pop(id(call), None)
+
+    def _replayed(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The captured graph of `call`; the call is kept too, so that its id stays its own."""
+        if id(call) not in self._graphs:
+            self._graphs[id(call)] = (call, self.device.capture(call))
+        return self._graphs[id(call)][1]
+
+
+class CudaDevice:
+    """The real device: torch's events on its current stream; gate and clock from the native module."""
+
+    gate_timeout_ms = 5000.0
+
+    def __init__(self, index: int | None = None) -> None:
+        self.index = torch.cuda.current_device() if index is None else index
+        ops = torch.ops.tfnas
+        if not hasattr(ops, "timing_close_gate"):
+            raise RuntimeError(
+                "the CUDA timer needs tfnas_ext's native module built with CUDA; see `tfnas info` for why it is not"
+            )
+        self._ops = ops
+        bytes_ = torch.cuda.get_device_properties(self.index).L2_cache_size
+        self._flush = torch.empty(2 * max(bytes_, 1 << 20), dtype=torch.uint8, device=f"cuda:{self.index}")
+
+    def close_gate(self) -> None:
+        self._ops.timing_close_gate(self.index, self.gate_timeout_ms)
+
+    def open_gate(self) -> None:
+        self._ops.timing_open_gate(self.index)
+
+    def record(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.index))
+        return event
+
+    def elapsed_ms(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+        return float(start.elapsed_time(stop))
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.index)
+
+    def flush_l2(self) -> None:
+        self._flush.zero_()
+
+    def gate_timed_out(self) -> bool:
+        return bool(self._ops.timing_gate_timed_out(self.index))
+
+    def sm_clock_mhz(self) -> float | None:
+        return float(self._ops.timing_sm_clock_mhz(self.index, 20.0))
+
+    def capture(self, call: Callable[[], object]) -> Callable[[], object]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    def sleep(self, seconds: float) -> None:
+        if seconds > 0:
+            time.sleep(seconds)
