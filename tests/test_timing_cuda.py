@@ -186,10 +186,13 @@ def test_a_chain_is_stamped_between_sections() -> None:
 
         return run
 
-    result = CudaChainTimer(CudaTimer(device)).run([section(1.0), section(0.5), section(0.25)], torch.zeros(1))
+    timer = CudaChainTimer(CudaTimer(device))
+    assert timer.clock_facts() == {}
+    result = timer.run([section(1.0), section(0.5), section(0.25)], torch.zeros(1))
     assert result.sections_ms.tolist() == [1.0, 0.5, 0.25]
     assert not result.disturbed.any()
     assert device.log.count("closed") == 1
+    assert timer.clock_facts() == {"usual_mhz": 1700.0, "rejected": 0}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -21,6 +21,11 @@ class CudaChainTimer:
     def __init__(self, timer: CudaTimer | None = None) -> None:
         self.timer = CudaTimer() if timer is None else timer
 
+    def clock_facts(self) -> dict[str, float]:
+        """The SM clock that was usual during the readings, and how many were rejected because it had dropped."""
+        guard = self.timer.guard
+        return {"usual_mhz": guard.usual_mhz, "rejected": guard.rejected} if guard.known else {}
+
     def run(self, sections: Sections, x: torch.Tensor) -> Pass:
         activations = [x]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import subprocess
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,11 +27,25 @@ def describe_conditions(conditions: Conditions, space: Space, allocator: dict[st
         "resolution": space.resolution,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "gpu": gpu_facts(conditions.device),
         "python": platform.python_version(),
         "allocator": allocator,
         "unit": "ms",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def gpu_facts(device: str) -> dict[str, str]:
+    """Driver version and maximum SM clock as `nvidia-smi` gives them; empty for a CPU or without `nvidia-smi`."""
+    if torch.device(device).type != "cuda":
+        return {}
+    wanted = ("driver_version", "clocks.max.sm")
+    command = ["nvidia-smi", f"--id={device_uuid(device)}", f"--query-gpu={','.join(wanted)}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(wanted, (value.strip() for value in answer.split(",")), strict=False))
 
 
 def device_name(device: str) -> str:
@@ -41,7 +56,7 @@ def device_name(device: str) -> str:
 def device_uuid(device: str) -> str:
     """Tells one machine from another: the GPU's UUID, or a digest of the machine's id and processor."""
     if torch.device(device).type == "cuda":
-        return str(torch.cuda.get_device_properties(device).uuid)
+        return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     machine = platform.node()
     with suppress(OSError):
         machine = Path("/etc/machine-id").read_text(encoding="utf-8").strip()

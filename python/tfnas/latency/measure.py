@@ -12,7 +12,8 @@ from tfnas.latency.chain import ChainTimer
 from tfnas.latency.chain_profiler import ChainProfiler
 from tfnas.latency.conditions import make_engine, make_timer
 from tfnas.latency.engine import Conditions, Engine
-from tfnas.latency.measurements import Measurements
+from tfnas.latency.measurements import Config, Measurements
+from tfnas.space import Space
 from tfnas_ext.timing import Samples, StopRule
 from tfnas_ext.timing_host import pinned_threads, set_allocator
 
@@ -70,3 +71,40 @@ def measure_networks_ms(
         results = profiler.measure_networks(networks, rule, now_s() + time_limit_s, least=3)
     facts = {"reference_ms": data.reference.total_ms()} | conditions.as_dict()
     return [replace(samples, facts=facts) for samples in results]
+
+
+def measure_blocks_ms(
+    space: Space,
+    configs: Sequence[Config],
+    conditions: Conditions | None = None,
+    *,
+    rule: StopRule | None = None,
+    time_limit_s: float = 60.0,
+    seed: int = 0,
+    engine: Engine | None = None,
+    timer: ChainTimer | None = None,
+    now_s: Callable[[], float] = time.monotonic,
+) -> list[Samples]:
+    """Latency in ms of single blocks, (curve key, width) each, in chains as a table build measures them.
+
+    For checking a table at widths that are not its knots; `facts` as in `measure_network_ms`.
+    """
+    if not configs:
+        raise ValueError("configs: expected at least one (key, width) to measure")
+    conditions = Conditions() if conditions is None else conditions
+    rule = StopRule(0.01, min_samples=10, max_samples=60) if rule is None else rule
+    set_allocator()
+    with pinned_threads(conditions.threads):
+        data = Measurements()
+        profiler = ChainProfiler(
+            space,
+            engine or make_engine(space, conditions),
+            timer or make_timer(conditions),
+            data,
+            seed=seed,
+            now_s=now_s,
+        )
+        profiler.measure(configs, rule, now_s() + time_limit_s)
+    drift = data.reference.drift()
+    facts = {"reference_ms": data.reference.total_ms()} | conditions.as_dict()
+    return [replace(data.samples(config, drift), facts=facts) for config in configs]

@@ -21,6 +21,7 @@ import torch
 from tfnas.architecture import Architecture
 from tfnas.latency.additivity import FITTING, FloatArray, additivity_report, fit_correction, random_architectures
 from tfnas.latency.chain import ChainTimer
+from tfnas.latency.chain_cuda import CudaChainTimer
 from tfnas.latency.chain_profiler import ChainProfiler
 from tfnas.latency.conditions import make_engine, make_section_timer, make_timer
 from tfnas.latency.engine import Conditions, Engine
@@ -35,6 +36,7 @@ from tfnas_ext.timing_host import pinned_threads, set_allocator
 
 _WIDTHS_SHARE = 0.75  # of the budget; the rest measures whole networks
 _ROUND_SHARE = 0.4  # of what is left of that, for one round of widths
+_PATIENCE = 8  # times as many samples of noisy widths, with the time that is left once all knots are placed
 _SAVE_EVERY_S = 5.0
 
 
@@ -145,7 +147,7 @@ class _Build:
         progress: Callable[[Progress], None] | None,
         now_s: Callable[[], float],
     ) -> None:
-        self.space, self.options, self.engine = space, options, engine
+        self.space, self.options, self.engine, self.timer = space, options, engine, timer
         self.partial, self.progress, self.now_s = partial, progress, now_s
         self.identity: dict[str, Any] = {
             "space": space.name,
@@ -195,6 +197,7 @@ class _Build:
             "seed": self.options.seed,
             "noise": noise,
             "additivity": additivity.as_dict(),
+            "sm_clock": self.timer.clock_facts() if isinstance(self.timer, CudaChainTimer) else {},
         }
         if noise["noisy"]:
             warnings.warn(
@@ -220,6 +223,8 @@ class _Build:
                 break
             self.profiler.measure(plan, self.rule, self.deadline_s(share), tick=self._tick)
             self._keep()
+        patient = replace(self.rule, max_samples=_PATIENCE * self.rule.max_samples)
+        self.profiler.measure(list(self.data.blocks), patient, self.deadline_s(_WIDTHS_SHARE), tick=self._tick)
 
     def _placement(self) -> KnotPlacement:
         """Where to measure next, by everything measured so far."""
