@@ -38,7 +38,7 @@ def read_build_info() -> BuildInfo:
         folder = os.path.dirname(os.path.dirname(__file__))
         return BuildInfo(
             native=False,
-            reason=f"{folder} holds sources; start in another folder to use an installed copy, or run: {BUILD_IN_PLACE}",
+            reason=f"{folder} holds sources; start elsewhere to use an installed copy, or run: {BUILD_IN_PLACE}",
         )
     return BuildInfo(
         native=written.native,
