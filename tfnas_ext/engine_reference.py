@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from tfnas_ext.engine_checks import check_inputs, check_widths, read_choices
 from tfnas_ext.engine_spec import BodySpec
 from tfnas_ext.packed import PackedLayer
 from tfnas_ext.reference import SqueezeExcite, mbinvres
@@ -46,23 +47,14 @@ class ReferenceEngine:
         self._gradients: dict[Key, list[Tensor]] | None = None
 
     def set_widths(self, widths: list[list[int]]) -> None:
-        counts = [len(layer.candidates) for layer in self.spec.layers]
-        if [len(row) for row in widths] != counts:
-            raise ValueError(
-                f"widths must have one row per layer with {counts} entries, not {[len(w) for w in widths]}"
-            )
-        for index, (layer, row) in enumerate(zip(self.spec.layers, widths, strict=True)):
-            for candidate, width in zip(layer.candidates, row, strict=True):
-                if not min(1, candidate.max_width) <= width <= candidate.max_width:
-                    bounds = f"{min(1, candidate.max_width)}..{candidate.max_width}"
-                    raise ValueError(f"widths: layer {index}, {candidate.name} must be in {bounds}, not {width}")
+        check_widths(self.spec, widths)
         self._widths = [list(row) for row in widths]
 
     def forward_paths(
         self, x: Tensor, choices: Tensor, v: Tensor | None, with_tape: bool
     ) -> tuple[list[Tensor], _PathsTape | None]:
-        self._check(x, v)
-        rows = self._read_choices(choices)
+        check_inputs(self.spec, x, v)
+        rows = read_choices(self.spec, choices)
         x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(with_tape)
         outs: list[Tensor] = []
         weights: list[dict[Key, list[Tensor]]] = []
@@ -93,10 +85,7 @@ class ReferenceEngine:
     def forward_mixture(
         self, x: Tensor, u: Tensor, v: Tensor | None, with_tape: bool
     ) -> tuple[Tensor, _MixtureTape | None]:
-        self._check(x, v)
-        shape = (len(self.spec.layers), self.spec.max_candidates)
-        if u.shape != shape:
-            raise ValueError(f"u must be [L, C] = {list(shape)}, not {list(u.shape)}")
+        check_inputs(self.spec, x, v, u)
         x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(with_tape)
         u = u.detach().requires_grad_(with_tape)
         v = None if v is None else v.detach().requires_grad_(with_tape)
@@ -206,29 +195,6 @@ class ReferenceEngine:
             residual=layer.residual,
             eps=self.spec.eps,
         )
-
-    def _read_choices(self, choices: Tensor) -> list[list[int]]:
-        layers = self.spec.layers
-        if choices.dim() != 2 or not 1 <= choices.shape[0] <= 2 or choices.shape[1] != len(layers):
-            raise ValueError(f"choices must be [P, L] with P = 1 or 2, L = {len(layers)}, not {list(choices.shape)}")
-        rows: list[list[int]] = choices.tolist()
-        for row in rows:
-            for index, choice in enumerate(row):
-                if not 0 <= choice < len(layers[index].candidates):
-                    raise ValueError(
-                        f"choices: layer {index} has candidates 0..{len(layers[index].candidates) - 1}, not {choice}"
-                    )
-        return rows
-
-    def _check(self, x: Tensor, v: Tensor | None) -> None:
-        if x.dim() != 4 or x.shape[1] != self.spec.layers[0].in_channels:
-            raise ValueError(f"x must be [N, {self.spec.layers[0].in_channels}, H, W], not {list(x.shape)}")
-        shape = self.spec.depth_weights_shape
-        if (None if v is None else tuple(v.shape)) != shape:
-            raise ValueError(
-                f"v must be {'None' if shape is None else list(shape)} for depth_space "
-                f"{self.spec.depth_space!r}, not {None if v is None else list(v.shape)}"
-            )
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:

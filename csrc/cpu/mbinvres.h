@@ -4,7 +4,7 @@
 //   y1 = W1 x      h1 = BN1(y1)    a1 = act(h1)     expand; left out without W1, then a1 = x
 //   y2 = dw(a1)    h2 = BN2(y2)    a2 = act(h2)     depthwise k x k, stride s
 //   z  = a2 * sigmoid(E act(R mean_hw(a2) + bR) + bE)          squeeze and excitation, optional
-//   y3 = W3 z      h3 = BN3(y3)    out = sum_i mix_i h3_i (+ x)
+//   y3 = W3 z      h3 = BN3(y3)    out = sum_i mix_i h3_i + residual * x
 //
 // Activations are channels last, [batch, height, width, channels]. Batch norms use the batch's statistics
 // (forward, backward) or given ones (inference). Results do not depend on the instruction set or design
@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 namespace tfnas {
 
@@ -22,6 +23,9 @@ enum class Act : int { relu = 0, relu6 = 1, swish = 2, hard_swish = 3, identity 
 //   maps. channels: a thread owns groups of mid channels for the whole batch, so BN1 and BN2 are local to it.
 //   Small maps.
 enum class Design : int { choose = 0, strips = 1, channels = 2 };
+
+// By the name in tfnas_ext.reference.ACTIVATIONS. Throws std::invalid_argument with the names allowed.
+Act parse_act(std::string_view name);
 
 // The caller's thread pool: `run` calls body(arg, i) for i in 0 .. count - 1, in parallel, and waits.
 struct Threads {
@@ -79,7 +83,7 @@ struct Layer {
   int64_t batch, height, width, in_channels, out_channels;
   int stride;
   Act act;
-  bool residual;
+  double residual;  // weight of x in the output; 0: none
   double eps;
   Design design;
   int count;  // candidates, 1 .. kMaxCandidates
@@ -109,9 +113,44 @@ struct LayerKernels {
   void (*inference)(const Layer<T>& layer, const T* x, T* out, const Threads& threads);
 };
 
+// Elementwise work of a supernet's body and of its optimizer, in the same instruction sets.
+template <class T>
+struct VectorKernels {
+  // out = sum_i weights[i] * inputs[i]; `out` may be one of the inputs
+  void (*combine)(const T* const* inputs, const T* weights, int count, int64_t size, T* out,
+                  const Threads& threads);
+  // sum of a[i] * b[i]
+  double (*inner_product)(const T* a, const T* b, int64_t size, const Threads& threads);
+  // One step of SGD: g = scale * gradient + decay * w; buffer = momentum * buffer + g; w -= rate * buffer
+  void (*sgd)(T* w, T* buffer, const T* gradient, int64_t size, T scale, T decay, T momentum, T rate);
+};
+
 // One table per instruction set, chosen once (see capability.h).
 const LayerKernels<float>& float_kernels();
 const LayerKernels<double>& double_kernels();
+const VectorKernels<float>& float_vector_kernels();
+const VectorKernels<double>& double_vector_kernels();
+
+template <class T>
+const LayerKernels<T>& layer_kernels_of();
+template <>
+inline const LayerKernels<float>& layer_kernels_of<float>() {
+  return float_kernels();
+}
+template <>
+inline const LayerKernels<double>& layer_kernels_of<double>() {
+  return double_kernels();
+}
+template <class T>
+const VectorKernels<T>& vector_kernels_of();
+template <>
+inline const VectorKernels<float>& vector_kernels_of<float>() {
+  return float_vector_kernels();
+}
+template <>
+inline const VectorKernels<double>& vector_kernels_of<double>() {
+  return double_vector_kernels();
+}
 
 // The rule which design a layer of `pixels` = batch * height * width input pixels takes.
 Design choose_design(int64_t pixels);

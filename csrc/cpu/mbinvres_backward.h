@@ -215,10 +215,11 @@ inline void close_norm1(const LayerPlan<T>& plan, const CandidatePlan<T>& c, con
   }
 }
 
-// dx [m][in_channels] = sum of parts - offset - (x - mean) B (+ residual).
+// dx [m][in_channels] = sum of parts - offset - (x - mean) B + weight * residual.
 template <class T>
 inline void correct_dx(const LayerPlan<T>& plan, const NarrowCorrection<T>& correction, const T* x,
-                       const T* const* parts, int count, const T* residual, T* dx, const Threads& threads) {
+                       const T* const* parts, int count, const T* residual, T weight, T* dx,
+                       const Threads& threads) {
   const Geometry& g = plan.g;
   Scratch scratch;
   const int64_t planes = (g.ci + kLanes - 1) / kLanes;
@@ -248,7 +249,7 @@ inline void correct_dx(const LayerPlan<T>& plan, const NarrowCorrection<T>& corr
           for (int i = 1; i < count; ++i) value = add(value, load_half(parts[i] + at));
           value = sub(value, load_half(offset + j));
           value = sub(value, load_half(tile + (j / kLanes * kBlock + m) * kLanes + j % kLanes));
-          if (residual) value = add(value, load_half(residual + at));
+          if (residual) value = fma(splat_half(weight), load_half(residual + at), value);
           T* out = dx + (m0 + m) * g.in_channels + j;
           if (j + 8 <= g.in_channels) {
             store(out, value);

@@ -251,13 +251,14 @@ inline void run_backward(const Layer<T>& layer, const T* x, const T* saved, cons
     }
   }
   if (!dx) return;
-  const T* residual = layer.residual ? dout : nullptr;
+  const T* residual = layer.residual != 0 ? dout : nullptr;
+  const T weight = static_cast<T>(layer.residual);
   if (!channels && expands)
-    return correct_dx(plan, state.correction, x, parts, part_count, residual, dx, threads);
+    return correct_dx(plan, state.correction, x, parts, part_count, residual, weight, dx, threads);
   int used = 0;
   for (int t = 0; t < part_count; ++t)
     if (!channels || written[t]) parts[used++] = parts[t];
-  sum_parts(parts, used, residual, g.m, g.in_channels, g.ci, dx, threads);
+  sum_parts(parts, used, residual, weight, g.m, g.in_channels, g.ci, dx, threads);
 }
 
 }  // namespace tfnas::TFNAS_ISA

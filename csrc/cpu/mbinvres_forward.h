@@ -285,7 +285,8 @@ inline void run_forward(const Layer<T>& layer, const T* x, T* out, T* saved,
     if (c.gate) forward_se(g, c, threads);
     forward_project(plan, c, training, layer.eps, statistics, threads);
   }
-  finish_output(plan, layer.mix, layer.residual ? padded : nullptr, out, threads);
+  finish_output(plan, layer.mix, layer.residual != 0 ? padded : nullptr, static_cast<T>(layer.residual), out,
+                threads);
 }
 
 }  // namespace tfnas::TFNAS_ISA

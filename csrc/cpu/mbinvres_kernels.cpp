@@ -1,5 +1,6 @@
 // Compiled once per instruction set: the table of the MBInvRes kernels.
 #include "cpu/mbinvres_backward_layer.h"
+#include "cpu/mbinvres_vector.h"
 
 namespace tfnas::TFNAS_ISA {
 namespace {
@@ -38,11 +39,15 @@ void inference(const Layer<T>& layer, const T* x, T* out, const Threads& threads
 extern const LayerKernels<float> layer_kernels;
 const LayerKernels<float> layer_kernels = {saved_size<float>, forward<float>, backward<float>,
                                            inference<float>};
+extern const VectorKernels<float> vector_kernels;
+const VectorKernels<float> vector_kernels = {combine<float>, inner_product<float>, sgd<float>};
 
 #if defined(CPU_CAPABILITY_DEFAULT)  // float64 exists once, for gradient checks: plain loops
 extern const LayerKernels<double> layer_kernels_double;
 const LayerKernels<double> layer_kernels_double = {saved_size<double>, forward<double>, backward<double>,
                                                    inference<double>};
+extern const VectorKernels<double> vector_kernels_double;
+const VectorKernels<double> vector_kernels_double = {combine<double>, inner_product<double>, sgd<double>};
 #endif
 
 }  // namespace tfnas::TFNAS_ISA

@@ -150,10 +150,10 @@ inline void moments(const Geometry& g, const T* x, T* mean, T* covariance, const
   }
 }
 
-// out [pixels][channels, not padded] = sum_i mix_i BN3_i(y3_i) (+ x): every term's mean removed before its
-// scale.
+// out [pixels][channels, not padded] = sum_i mix_i BN3_i(y3_i) + weight * residual: every term's mean removed
+// before its scale.
 template <class T>
-inline void finish_output(const LayerPlan<T>& plan, const T* mix, const T* residual, T* out,
+inline void finish_output(const LayerPlan<T>& plan, const T* mix, const T* residual, T weight, T* out,
                           const Threads& threads) {
   const Geometry& g = plan.g;
   using H = typename Simd<T>::H;
@@ -162,10 +162,10 @@ inline void finish_output(const LayerPlan<T>& plan, const T* mix, const T* resid
   T* offset = scratch.zeros<T>(g.co);
   for (int i = 0; i < plan.count; ++i) {
     const CandidatePlan<T>& c = plan.candidates[i];
-    const T weight = mix ? mix[i] : T(1);
+    const T share = mix ? mix[i] : T(1);
     for (int64_t j = 0; j < g.co; ++j) {
-      scale[i * g.co + j] = weight * c.rstd3[j] * c.gain3[j];
-      offset[j] += weight * c.bias3[j];
+      scale[i * g.co + j] = share * c.rstd3[j] * c.gain3[j];
+      offset[j] += share * c.bias3[j];
     }
   }
   parallel(threads, [&](int thread) {
@@ -178,7 +178,7 @@ inline void finish_output(const LayerPlan<T>& plan, const T* mix, const T* resid
           const H centred = sub(load_half(c.y3 + m * g.co + j), load_half(c.mean3 + j));
           value = fma(centred, load_half(scale + i * g.co + j), value);
         }
-        if (residual) value = add(value, load_half(residual + m * g.co + j));
+        if (residual) value = fma(splat_half(weight), load_half(residual + m * g.co + j), value);
         if (j + 8 <= g.out_channels) {
           store(out + m * g.out_channels + j, value);
         } else {
@@ -230,17 +230,17 @@ inline void backward_norm3(const Geometry& g, const CandidatePlan<T>& c, T mix, 
   });
 }
 
-// dx [pixels][channels, not padded] = sum of `count` partial results (+ residual).
+// dx [pixels][channels, not padded] = sum of `count` partial results + weight * residual.
 template <class T>
-inline void sum_parts(const T* const* parts, int count, const T* residual, int64_t pixels, int64_t channels,
-                      int64_t padded, T* dx, const Threads& threads) {
+inline void sum_parts(const T* const* parts, int count, const T* residual, T weight, int64_t pixels,
+                      int64_t channels, int64_t padded, T* dx, const Threads& threads) {
   parallel(threads, [&](int thread) {
     const Range range = share(pixels, thread, threads.count);
     for (int64_t m = range.begin; m < range.end; ++m) {
       for (int64_t j = 0; j < padded; j += 8) {
         auto value = load_half(parts[0] + m * padded + j);
         for (int i = 1; i < count; ++i) value = add(value, load_half(parts[i] + m * padded + j));
-        if (residual) value = add(value, load_half(residual + m * padded + j));
+        if (residual) value = fma(splat_half(weight), load_half(residual + m * padded + j), value);
         if (j + 8 <= channels) {
           store(dx + m * channels + j, value);
         } else {

@@ -14,7 +14,9 @@
 
 #include "numbers.cuh"
 
-namespace tfnas::cuda {
+namespace tfnas {
+
+enum class Math { kFma, kTf32, kTf32x3, kBf16 };
 
 template <class T, Math M>
 struct Operand {
@@ -300,4 +302,4 @@ __device__ inline void warp_product_across(A (&sum)[MT][NT][4], ReadA a, ReadB b
   }
 }
 
-}  // namespace tfnas::cuda
+}  // namespace tfnas

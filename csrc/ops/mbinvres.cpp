@@ -38,14 +38,6 @@ struct Options {
 
 Tensor value(const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : Tensor(); }
 
-Act parse_act(std::string_view act) {
-  if (act == "relu") return Act::relu;
-  if (act == "relu6") return Act::relu6;
-  if (act == "swish") return Act::swish;
-  if (act == "hard_swish") return Act::hard_swish;
-  TORCH_CHECK_VALUE(false, "act must be one of relu, relu6, swish, hard_swish, got '", act, "'");
-}
-
 Design parse_design(std::string_view design) {
   if (design == "auto") return Design::choose;
   if (design == "strips") return Design::strips;
@@ -185,21 +177,12 @@ Layer<T> layer_of(const Tensor& x, const Weights& w, const Options& options, con
           w.conv_pwl.size(0),
           static_cast<int>(options.stride),
           parse_act(options.act),
-          options.residual,
+          options.residual ? 1.0 : 0.0,
           options.eps,
           parse_design(options.design),
           1,
           &candidate,
           nullptr};
-}
-
-template <class T>
-const LayerKernels<T>& kernels() {
-  if constexpr (std::is_same_v<T, float>) {
-    return float_kernels();
-  } else {
-    return double_kernels();
-  }
 }
 
 Tensor output_of(const Tensor& x, const Weights& w, const Options& options) {
@@ -220,15 +203,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Weights& w
   const Layer<T> layer = layer_of(x, w, options, candidate);
   Tensor out = output_of(x, w, options);
   Tensor statistics = at::empty({statistics_size(w, options)}, x.options().memory_format(std::nullopt));
-  Tensor saved = at::empty({kernels<T>().saved_size(layer)}, statistics.options());
+  Tensor saved = at::empty({layer_kernels_of<T>().saved_size(layer)}, statistics.options());
   BatchStatistics<T> views;
   T* at = statistics.mutable_data_ptr<T>();
   auto next = [&](int64_t count) { return std::exchange(at, at + count); };
   if (w.conv_pw.defined()) views.mean1 = next(options.width), views.var1 = next(options.width);
   views.mean2 = next(options.width), views.var2 = next(options.width);
   views.mean3 = next(w.conv_pwl.size(0)), views.var3 = next(w.conv_pwl.size(0));
-  kernels<T>().forward(layer, x.const_data_ptr<T>(), out.mutable_data_ptr<T>(), saved.mutable_data_ptr<T>(),
-                       views, torch_threads());
+  layer_kernels_of<T>().forward(layer, x.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
+                                saved.mutable_data_ptr<T>(), views, torch_threads());
   return {out, statistics, saved};
 }
 
@@ -240,7 +223,7 @@ std::vector<Tensor> backward(const Tensor& dout_any, const Tensor& input, const 
   const Tensor dout = dout_any.contiguous(at::MemoryFormat::ChannelsLast);
   const Candidate<T> candidate = candidate_of<T>(w, options.width);
   const Layer<T> layer = layer_of(x, w, options, candidate);
-  TORCH_CHECK_VALUE(saved.dim() == 1 && saved.size(0) == kernels<T>().saved_size(layer) &&
+  TORCH_CHECK_VALUE(saved.dim() == 1 && saved.size(0) == layer_kernels_of<T>().saved_size(layer) &&
                         saved.scalar_type() == x.scalar_type() && saved.is_contiguous(),
                     "saved must be what mbinvres returned for the same arguments");
   const bool narrowed = options.width < w.conv_dw.size(0);
@@ -272,9 +255,9 @@ std::vector<Tensor> backward(const Tensor& dout_any, const Tensor& input, const 
   gradient.se_expand = {at(5), candidate.se_expand.mid_stride, 1};
   gradient.se_expand_bias = at(6);
   for (int i = 0; i < 3; ++i) gradient.bn_weight[i] = at(7 + 2 * i), gradient.bn_bias[i] = at(8 + 2 * i);
-  kernels<T>().backward(layer, x.const_data_ptr<T>(), saved.const_data_ptr<T>(), dout.const_data_ptr<T>(),
-                        dx.defined() ? dx.mutable_data_ptr<T>() : nullptr, nullptr, any ? &gradient : nullptr,
-                        torch_threads());
+  layer_kernels_of<T>().backward(layer, x.const_data_ptr<T>(), saved.const_data_ptr<T>(),
+                                 dout.const_data_ptr<T>(), dx.defined() ? dx.mutable_data_ptr<T>() : nullptr,
+                                 nullptr, any ? &gradient : nullptr, torch_threads());
   return result;
 }
 
@@ -287,7 +270,7 @@ Tensor inference(const Tensor& input, const Weights& w, const Tensor* means, con
   for (int i = 0; i < 3; ++i) norms[i]->mean = data_of<T>(means[i]), norms[i]->var = data_of<T>(vars[i]);
   const Layer<T> layer = layer_of(x, w, options, candidate);
   Tensor out = output_of(x, w, options);
-  kernels<T>().inference(layer, x.const_data_ptr<T>(), out.mutable_data_ptr<T>(), torch_threads());
+  layer_kernels_of<T>().inference(layer, x.const_data_ptr<T>(), out.mutable_data_ptr<T>(), torch_threads());
   return out;
 }
 

@@ -1,0 +1,161 @@
+"""The native engine against the reference engine: long runs, types, used tapes, refusals, memory."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from test_engine import small_body
+from torch import Tensor
+
+from tfnas_ext import _native
+from tfnas_ext.engine import make_engine, run_mixture, run_paths
+from tfnas_ext.engine_native import native_refusal
+from tfnas_ext.engine_spec import BodySpec, CandidateSpec, LayerSpec
+from tfnas_ext.packed import PackedLayer
+
+pytestmark = pytest.mark.skipif(_native.MODULE is None, reason="the native module is not built")
+
+
+def body() -> BodySpec:
+    """Widths that are no multiples of 16, SE, three activations, large maps (strips) and small ones (channels)."""
+
+    def layer(cin: int, cout: int, stride: int, act: str) -> LayerSpec:
+        ops = (
+            CandidateSpec("k3", 3, 3 * cin),
+            CandidateSpec("k5_se", 5, 3 * cin, cin),
+            CandidateSpec("k3_wide_se", 3, 6 * cin, 7),
+            CandidateSpec("k7", 7, 2 * cin + 1),
+        )
+        return LayerSpec(cin, cout, stride, act, stride == 1 and cin == cout, ops)
+
+    first = (layer(6, 8, 2, "hard_swish"), layer(8, 8, 1, "hard_swish"))
+    return BodySpec((first, (layer(8, 12, 2, "swish"), layer(12, 12, 1, "swish"), layer(12, 12, 1, "swish"))))
+
+
+class Network:
+    """One engine's copy of the same weights, with a linear head, and its own optimizers."""
+
+    def __init__(self, engine: str, dtype: torch.dtype = torch.float32, seed: int = 1) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.spec = body()
+        self.layers = [PackedLayer(layer, dtype=dtype, generator=generator) for layer in self.spec.layers]
+        self.engine = make_engine(engine, self.spec, self.layers)
+        self.engine.set_widths([[c.max_width - i for i, c in enumerate(x.candidates)] for x in self.spec.layers])
+        self.head = torch.randn(5, 12, generator=generator).to(dtype).requires_grad_()
+        self.momentum = torch.zeros_like(self.head)
+        self.alpha = torch.zeros(5, 4, dtype=dtype).requires_grad_()
+        self.beta = torch.zeros(2, 3, dtype=dtype).requires_grad_()
+        self.adam = torch.optim.Adam([self.alpha, self.beta], lr=0.01, betas=(0.5, 0.999))
+
+    def v(self) -> Tensor:
+        mask = torch.tensor([[True, True, False], [True, True, True]])
+        return self.beta.masked_fill(~mask, -torch.inf).softmax(1)
+
+    def weight_step(self, x: Tensor, labels: Tensor, choices: Tensor) -> float:
+        outs = run_paths(self.engine, x.requires_grad_(), choices, self.v())
+        loss = sum(torch.nn.functional.cross_entropy(out.mean((2, 3)) @ self.head.t(), labels) for out in outs)
+        assert isinstance(loss, Tensor)
+        (grad, _) = torch.autograd.grad(loss, [self.head, x])
+        self.engine.clip_and_sgd_(0.05, 0.9, 1e-3, 5.0, [(self.head.detach(), grad, self.momentum)])
+        return loss.item()
+
+    def architecture_step(self, x: Tensor, labels: Tensor) -> float:
+        out = run_mixture(self.engine, x.detach(), self.alpha.softmax(1), self.v())
+        loss = torch.nn.functional.cross_entropy(out.mean((2, 3)) @ self.head.detach().t(), labels)
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.step()
+        return loss.item()
+
+
+def test_fifty_steps_follow_the_reference() -> None:
+    """Weight and architecture steps in turn, fixed choices, float32: losses and weights stay together within 0.2 %.
+
+    Both start from the same weights; rounding grows slowly from step to step. The same run of the reference in float64
+    lies as far from the reference in float32.
+    """
+    native, reference = Network("native"), Network("reference")
+    generator = torch.Generator().manual_seed(2)
+    for step in range(50):
+        x = torch.randn(10, 6, 22, 20, generator=generator)
+        labels = torch.randint(0, 5, (10,), generator=generator)
+        choices = torch.randint(0, 4, (2, 5), generator=generator)
+        for a, b in (
+            (native.weight_step(x.clone(), labels, choices), reference.weight_step(x.clone(), labels, choices)),
+            (native.architecture_step(x, labels), reference.architecture_step(x, labels)),
+        ):
+            assert abs(a - b) < 2e-3 * abs(b), (step, a, b)
+    for mine, theirs in zip(native.layers, reference.layers, strict=True):
+        for a, b in zip(mine.weights(), theirs.weights(), strict=True):
+            assert ((a - b).norm() / b.norm().clamp_min(1e-3)).item() < 5e-3
+    torch.testing.assert_close(native.alpha, reference.alpha, rtol=1e-2, atol=1e-3)
+
+
+def test_bfloat16_activations() -> None:
+    """Computed in float32 from the rounded input, and rounded once at the end."""
+    native, reference = Network("native"), Network("reference")
+    x = torch.randn(4, 6, 12, 10, generator=torch.Generator().manual_seed(3)).bfloat16()
+    choices = torch.tensor([[0, 1, 2, 3, 0]])
+    out, tape = native.engine.forward_paths(x, choices, native.v().detach(), True)
+    want, _ = reference.engine.forward_paths(x.float(), choices, reference.v().detach(), False)
+    assert out[0].dtype == torch.bfloat16
+    assert ((out[0].float() - want[0]).abs().max() / want[0].abs().max()).item() < 0.01
+    dx = native.engine.backward_paths(tape, [torch.ones_like(out[0])], True)
+    assert dx is not None
+    assert dx.dtype == torch.bfloat16
+
+
+def test_a_tape_is_used_once() -> None:
+    native = Network("native")
+    x = torch.randn(4, 6, 12, 10)
+    out, tape = native.engine.forward_mixture(x, torch.full((5, 4), 0.25), native.v().detach(), True)
+    native.engine.backward_mixture(tape, torch.ones_like(out), True)
+    with pytest.raises(RuntimeError, match="used once"):
+        native.engine.backward_mixture(tape, torch.ones_like(out), True)
+
+
+def test_tapes_that_live_at_once_do_not_meet() -> None:
+    """Three forwards before their backwards, dropped in another order: each gradient is its own."""
+    native = Network("native")
+    choices = torch.tensor([[0, 1, 2, 3, 0], [3, 2, 1, 0, 1]])
+    inputs = [torch.randn(n, 6, 12, 10, generator=torch.Generator().manual_seed(n)) for n in (2, 5, 3)]
+
+    def gradient(x: Tensor) -> Tensor:
+        outs, tape = native.engine.forward_paths(x, choices, native.v().detach(), True)
+        dx = native.engine.backward_paths(tape, outs, True)
+        assert dx is not None
+        return dx
+
+    wants = [gradient(x) for x in inputs]
+    passes = [native.engine.forward_paths(x, choices, native.v().detach(), True) for x in inputs]
+    native.engine.forward_paths(inputs[1], choices, native.v().detach(), True)
+    gc.collect()
+    for index in (1, 0, 2):
+        outs, tape = passes[index]
+        dx = native.engine.backward_paths(tape, outs, True)
+        assert dx is not None
+        assert torch.equal(dx, wants[index])
+
+
+def test_refusals_say_why() -> None:
+    spec = small_body("sink")
+    layers = [PackedLayer(layer, dtype=torch.bfloat16) for layer in spec.layers]
+    reason = native_refusal(spec, layers)
+    assert reason is not None
+    assert "bfloat16" in reason
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        make_engine("native", spec, layers)
+    assert make_engine("auto", spec, layers).name == "reference"
+    odd = BodySpec(((LayerSpec(4, 4, 1, "relu", True, (CandidateSpec("k9", 9, 8),)),),))
+    assert "kernel_size is 9" in str(native_refusal(odd, [PackedLayer(odd.layers[0])]))
+    assert make_engine("auto", small_body("sink"), [PackedLayer(x) for x in spec.layers]).name == "native"
+
+
+@pytest.mark.parametrize("value", ["x", "batch"])
+def test_too_small_a_batch_is_refused(value: str) -> None:
+    native = Network("native")
+    x = torch.randn(1, 6, 1, 1) if value == "batch" else torch.randn(0, 6, 8, 8)
+    with pytest.raises(ValueError, match="x must"):
+        native.engine.forward_paths(x, torch.zeros(1, 5, dtype=torch.int64), native.v().detach(), False)
