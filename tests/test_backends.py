@@ -20,10 +20,13 @@ needs_native = pytest.mark.skipif(backends.native_module() is None, reason="nati
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(tfnas_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    """Runs `code` in a new process that imports the very package this one has, installed or not."""
+    folder = str(Path(tfnas_ext.__file__).parents[1])
+    path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": path, **environment},
+        cwd=folder,  # which `python -c` searches first
         capture_output=True,
         text=True,
         timeout=120,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from random_spaces import random_space
 from tfnas.space import ACTIVATIONS, DEPTH_SPACES, Candidate
-from tfnas.space_io import builtin_spaces, load_space, space_from_dict, space_to_dict, validate_space
+from tfnas.space_io import builtin_spaces, load_space, save_space, space_from_dict, space_to_dict, validate_space
 
 
 @pytest.mark.parametrize("name", builtin_spaces())
@@ -25,10 +25,10 @@ def test_builtin_spaces_survive_a_round_trip(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_spaces_survive_a_round_trip(seed: int) -> None:
+def test_random_spaces_survive_a_round_trip(seed: int, tmp_path: Path) -> None:
     space = random_space(random.Random(seed))
-    validate_space(space)
-    assert space_from_dict(yaml.safe_load(yaml.safe_dump(space_to_dict(space)))) == space
+    save_space(tmp_path / "space.yaml", space)
+    assert load_space(tmp_path / "space.yaml") == space
 
 
 def test_builtin_names() -> None:
@@ -75,8 +75,12 @@ def _bad(key: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("resolution", 0, r"resolution: expected an integer of at least 1, got 0"),
+        ("resolution", 0, r"resolution: expected an integer from 1 to 1048576, got 0"),
         ("resolution", 28.0, r"resolution: expected an integer, got 28.0"),
+        ("resolution", 2**21, r"resolution: expected an integer from 1 to 1048576"),
+        ("stages.0.depth", 10**30, r"stages\[0\]\.depth: expected an integer from 1 to 64"),
+        ("candidates.0.max_expansion", 1e308, r"candidates\[0\]\.max_expansion: .* at most 1024"),
+        ("candidates.0.max_expansion", 10**400, r"candidates\[0\]\.max_expansion: expected a finite number"),
         ("resolution", True, r"resolution: expected an integer, got True"),
         ("num_classes", "ten", r"num_classes: expected an integer, got 'ten'"),
         ("stem_stride", 3, r"stem_stride: expected one of 1, 2, got 3"),
@@ -87,7 +91,7 @@ def _bad(key: str, value: Any) -> dict[str, Any]:
         ("stages", {"a": 1}, r"stages: expected a non-empty list"),
         ("stages.2", 7, r"stages\[2\]: expected a mapping"),
         ("stages.1.stride", 4, r"stages\[1\]\.stride: expected one of 1, 2, got 4"),
-        ("stages.1.depth", 0, r"stages\[1\]\.depth: expected an integer of at least 1"),
+        ("stages.1.depth", 0, r"stages\[1\]\.depth: expected an integer from 1 to 64, got 0"),
         ("stages.1.act", "swihs", r"stages\[1\]\.act: .*did you mean 'swish'"),
         ("stages.1.out_channel", 4, r"stages\[1\]\.out_channel: unknown key; did you mean 'out_channels'"),
         ("candidates.3.kernel_size", 4, r"candidates\[3\]\.kernel_size: expected one of 3, 5, 7, got 4"),
@@ -128,11 +132,14 @@ def test_a_range_without_a_whole_width_is_refused() -> None:
         load_space("small", {"candidates": [narrow]})
 
 
-def test_validate_space_checks_spaces_built_in_python() -> None:
+def test_spaces_built_in_python_are_checked(tmp_path: Path) -> None:
     space = load_space("small")
     object.__setattr__(space, "head_act", "gelu")
     with pytest.raises(ValueError, match="head_act"):
         validate_space(space)
+    with pytest.raises(ValueError, match="head_act"):
+        save_space(tmp_path / "space.yaml", space)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

@@ -35,7 +35,11 @@ def read_build_info() -> BuildInfo:
     try:
         written = importlib.import_module("tfnas_ext._build_info")
     except ModuleNotFoundError:
-        return BuildInfo(native=False, reason=f"it has not been compiled; run: {BUILD_IN_PLACE}")
+        folder = os.path.dirname(os.path.dirname(__file__))
+        return BuildInfo(
+            native=False,
+            reason=f"{folder} holds sources; start elsewhere to use an installed copy, or run: {BUILD_IN_PLACE}",
+        )
     return BuildInfo(
         native=written.native,
         reason=written.reason,

@@ -2,7 +2,8 @@
 
 An engine runs sampled paths or the mixture of all candidates through the whole body in few calls, keeps the gradients
 of what was sampled in compact buffers, and does clipping and SGD on the sampled widths alone. `reference` is plain
-PyTorch; others register themselves with `register_engine` and give the same numbers up to rounding.
+PyTorch, `cuda` runs on the CUDA kernels; others register themselves with `register_engine`. All give the same numbers
+up to rounding.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tfnas_ext import engine_cuda
+from tfnas_ext.engine_cuda import CudaEngine
 from tfnas_ext.engine_native import NativeEngine, native_refusal
 from tfnas_ext.engine_reference import ReferenceEngine
 from tfnas_ext.engine_spec import BodySpec
@@ -109,6 +112,7 @@ class EngineFactory(NamedTuple):
 
 _FACTORIES: dict[str, EngineFactory] = {
     "reference": EngineFactory(ReferenceEngine, lambda spec, layers: None),
+    "cuda": EngineFactory(CudaEngine, engine_cuda.refusal),
     "native": EngineFactory(NativeEngine, native_refusal),
 }
 

@@ -21,6 +21,11 @@
 #define TFNAS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   emulator::launch(grid, block, shared_bytes, [=] { TFNAS_UNPAREN kernel(__VA_ARGS__); })
 
+namespace tfnas::cuda {
+template <class Kernel>
+void allow_shared(Kernel, size_t) {}
+}  // namespace tfnas::cuda
+
 #else
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -33,4 +38,15 @@
 #define TFNAS_SHARED(T, name, dims) __shared__ T name dims
 #define TFNAS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   TFNAS_UNPAREN kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+
+namespace tfnas::cuda {
+// More than 48 KiB of dynamic shared memory must be asked for. What goes wrong shows in the launch that
+// follows.
+template <class Kernel>
+void allow_shared(Kernel kernel, size_t bytes) {
+  if (bytes > 48 * 1024) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  }
+}
+}  // namespace tfnas::cuda
 #endif

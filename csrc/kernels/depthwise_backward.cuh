@@ -12,7 +12,7 @@
 
 #include "expand_dw.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 template <class T>
 struct DepthwiseBackwardArgs {
@@ -268,4 +268,4 @@ __global__ void __launch_bounds__(WARPS * 32) depthwise_backward(DepthwiseBackwa
   }
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

@@ -11,7 +11,7 @@
 
 #include "fold.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 // The row of the packed weights behind element v of per-channel vectors, or -1 (padding).
 __device__ inline int row_of_active(const LayerTable& layer, int choice, int v) {
@@ -124,4 +124,4 @@ __global__ void __launch_bounds__(kFoldThreads)
   }
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

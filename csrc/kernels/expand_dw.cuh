@@ -14,7 +14,7 @@
 
 #include "mma.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 constexpr int kWidePitch =
     kChunk + 8;  // of wide tiles: fragment stores and lane = channel reads hit 32 banks
@@ -265,4 +265,4 @@ __global__ void __launch_bounds__(WARPS * 32) expand_dw(ExpandDwArgs<T> a) {
   }
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

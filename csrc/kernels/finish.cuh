@@ -5,7 +5,7 @@
 
 #include "numbers.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 // y3 [slots][pixels][channels]; mean, rstd [slots][channels]; u: weights of the mixture, or null (one slot,
 // weight 1); x: the residual, or null. With u the residual counts sum of u times. grid: any, block: any.
@@ -30,4 +30,4 @@ __global__ void finish(const T* y3, const Acc<T>* mean, const Acc<T>* rstd, cons
   }
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

@@ -12,7 +12,7 @@
 
 #include "numbers.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 // partial [slots][runs][2][channels]: sums of dout and of dout h3; [slots] more rows of <dout, x> follow if x
 // is given: residual [runs][channels]. grid (runs, ceil(channels / 32), slots), block (32, 8).
@@ -93,4 +93,4 @@ __global__ void project_grad(const T* dout, const T* y3, const Acc<T>* mean3, co
   }
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

@@ -6,7 +6,7 @@
 
 #include "numbers.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 constexpr int kStatsGroups = 32;
 
@@ -42,4 +42,4 @@ __global__ void __launch_bounds__(32 * kStatsGroups)
   rstd[channel] = static_cast<A>(1.0 / sqrt((variance > 0 ? variance : 0) + eps));
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

@@ -8,7 +8,7 @@
 
 #include "moments.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 constexpr int kFoldThreads = 256;
 constexpr int kFoldRows = 4;      // of a warp
@@ -85,4 +85,4 @@ __global__ void __launch_bounds__(kFoldThreads)
   }
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

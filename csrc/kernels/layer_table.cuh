@@ -1,38 +1,9 @@
-// The candidates of one layer as kernels see them, and how a grid of channel chunks is laid over them.
+// How a grid of 32-channel chunks is laid over the candidates of a layer.
 #pragma once
 
-#include "compat.cuh"
+#include "layer.h"
 
-namespace tfnas {
-
-constexpr int kMaxCandidates = 16;
-constexpr int kChunk = 32;  // mid channels that a block works on at once: one per lane in the depthwise phase
-
-// A candidate is a range of rows of the packed weights, its width a prefix of that range.
-struct CandidateRows {
-  int kernel_size;
-  int first_row;     // of the mid-first packed weights (expand, project)
-  int depthwise_at;  // first element of its depthwise filters, k * k per row
-  int width;
-  int se_channels;   // 0: no squeeze-and-excitation, and the offsets below mean nothing
-  int se_weight_at;  // first element of its se_reduce_weight and se_expand_weight, [rows, se_channels] both
-  int se_reduce_bias_at;  // first element of its se_reduce_bias; also its place among the squeezed values of
-                          // an image
-  int se_expand_bias_at;
-};
-
-// Lives in device memory; rebuilt by the host when widths change, which is between epochs only.
-struct LayerTable {
-  int count;
-  CandidateRows candidate[kMaxCandidates];
-};
-
-__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// Wide activations hold active channels only, candidate after candidate, each [pixels, pitch]: a pitch is a
-// multiple of 8, so that any width can be read in aligned groups. What lies between width and pitch is never
-// written nor used.
-__host__ __device__ inline int pitch_of(int width) { return (width + 7) / 8 * 8; }
+namespace tfnas::cuda {
 
 // Where one chunk lies. Per-channel vectors are laid out like one pixel of the wide activations.
 struct Chunk {
@@ -80,4 +51,4 @@ __device__ inline bool find_active(const LayerTable& layer, int choice, int inde
   return false;
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

@@ -14,9 +14,7 @@
 
 #include "numbers.cuh"
 
-namespace tfnas {
-
-enum class Math { kFma, kTf32, kTf32x3, kBf16 };
+namespace tfnas::cuda {
 
 template <class T, Math M>
 struct Operand {
@@ -302,4 +300,4 @@ __device__ inline void warp_product_across(A (&sum)[MT][NT][4], ReadA a, ReadB b
   }
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

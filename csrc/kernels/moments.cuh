@@ -16,7 +16,7 @@
 
 #include "numbers.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 constexpr int kGramPixels = 64;  // staged at once
 constexpr int kGramThreads = 256;
@@ -145,4 +145,4 @@ __global__ void __launch_bounds__(256)
     matrix[int64_t{c} * channels + r] = value;  // a tile on the diagonal holds both triangles itself
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

@@ -11,7 +11,7 @@
 
 #include "mma.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 // f of the forward project.
 template <class T>
@@ -173,4 +173,4 @@ __global__ void __launch_bounds__(256) add_parts(const Acc<T>* parts, T* out, Ac
   partial[((int64_t{blockIdx.z} * gridDim.x + blockIdx.x) * 2 + threadIdx.y) * columns + n] = total;
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

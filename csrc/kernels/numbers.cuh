@@ -4,19 +4,7 @@
 
 #include "layer_table.cuh"
 
-namespace tfnas {
-
-// Storage type -> type in which statistics and sums are kept.
-template <class T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <class T>
-using Acc = typename Accumulator<T>::type;
+namespace tfnas::cuda {
 
 __device__ inline float load(const float* p) { return *p; }
 __device__ inline double load(const double* p) { return *p; }
@@ -59,8 +47,6 @@ __device__ inline Four<T> load4(const T* p, int valid, bool aligned) {
   }
   return four;
 }
-
-enum Act : int { kIdentity = 0, kRelu = 1, kRelu6 = 2, kSwish = 3, kHardSwish = 4 };
 
 __device__ inline float sigmoid(float h) { return __fdividef(1.f, 1.f + __expf(-h)); }
 __device__ inline double sigmoid(double h) { return 1.0 / (1.0 + exp(-h)); }
@@ -117,4 +103,4 @@ __device__ inline void activate_with_slope(int act, A h, A& value, A& slope) {
   }
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

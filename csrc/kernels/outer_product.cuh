@@ -10,7 +10,7 @@
 
 #include "narrow_product.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 constexpr int kOuterPixels = 32, kOuterColumns = 64, kOuterThreads = 128;
 
@@ -82,4 +82,4 @@ __global__ void finish_parts(const A* parts, A* out, int runs, int64_t count) {
   }
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

@@ -13,7 +13,7 @@
 
 #include "mma.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 enum class DzMode { kGate, kWide };
 
@@ -166,4 +166,4 @@ __global__ void __launch_bounds__(256)
   means[threadIdx.y * active + c] = static_cast<A>(total / static_cast<double>(count));
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

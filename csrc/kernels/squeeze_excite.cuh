@@ -12,14 +12,9 @@
 
 #include "numbers.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 constexpr int kSeImages = 8;  // of a block of se_reduce and se_expand
-
-template <class A>
-struct SqueezeExciteWeights {
-  const A *reduce_weight, *reduce_bias, *expand_weight, *expand_bias;  // packed, see CandidateRows
-};
 
 // pooled [batch][active]. grid (chunks, batch), block (32, 8).
 template <class T>
@@ -90,4 +85,4 @@ __global__ void __launch_bounds__(256)
   if (image < batch && chunk.has(lane)) gate[int64_t{image} * active + chunk.vector_at + lane] = sigmoid(sum);
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

@@ -11,7 +11,7 @@
 
 #include "squeeze_excite.cuh"
 
-namespace tfnas {
+namespace tfnas::cuda {
 
 template <class A>
 struct SqueezeExciteState {
@@ -72,12 +72,6 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-template <class A>
-struct SqueezeExciteGrads {
-  A *reduce_weight, *reduce_bias, *expand_weight,
-      *expand_bias;  // packed like the weights; only active rows written
-};
-
 // grid (chunks, ceil(widest se / 32)), block (32, 8).
 template <class A>
 __global__ void __launch_bounds__(256)
@@ -107,4 +101,4 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-}  // namespace tfnas
+}  // namespace tfnas::cuda

@@ -1,12 +1,17 @@
-"""Reading and writing `SearchConfig`: built-in names, YAML files, `--a.b value` overrides, nearest-name suggestions."""
+"""Reading and writing configurations: built-in names, YAML files, `--a.b value` overrides, nearest-name suggestions.
+
+A `ConfigKind` does it for one dataclass; the functions of this module do it for `SearchConfig`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
@@ -15,79 +20,132 @@ from tfnas.config import ConfigError, SearchConfig
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "quickstart"
-SWITCHES = tuple(f"--{field.name}" for field in dataclasses.fields(SearchConfig) if field.type == "bool")
+
+C = TypeVar("C")
 
 
-def config_names() -> list[str]:
-    """Names of the built-in configurations."""
-    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+@dataclass(frozen=True)
+class ConfigKind(Generic[C]):
+    """What is configured (a dataclass with defaults throughout), by which command, and where its built-in files lie."""
+
+    config_class: type[C]
+    command: str
+    description: str
+    folder: Path
+    default: str = DEFAULT_CONFIG
+
+    def names(self) -> list[str]:
+        """Names of the built-in configurations."""
+        return sorted(path.stem for path in self.folder.glob("*.yaml"))
+
+    def path(self, name_or_path: str | Path) -> Path:
+        """The file of a built-in configuration or of a path; `ConfigError` lists the names where neither exists."""
+        path = Path(name_or_path)
+        built_in = self.folder / f"{name_or_path}.yaml"
+        if path.suffix == "" and path.name == str(name_or_path) and built_in.is_file():
+            return built_in
+        if path.is_file():
+            return path
+        raise ConfigError(
+            f"--config {name_or_path}: neither a file nor a built-in configuration ({', '.join(self.names())})"
+        )
+
+    def parser(self) -> ArgumentParser:
+        """Command-line parser: one option per key of the dataclass, `--config`, `--print_config`."""
+        parser = ArgumentParser(
+            prog=self.command, exit_on_error=False, allow_abbrev=False, description=self.description
+        )
+        parser.add_argument(
+            "--config",
+            action=ActionConfigFile,
+            help=f"built-in name ({', '.join(self.names())}) or YAML file; default {self.default}",
+        )
+        parser.add_class_arguments(self.config_class, as_group=False)
+        return parser
+
+    def parse(self, arguments: Sequence[str], preset: Mapping[str, Any] | None = None) -> C:
+        """A configuration from command-line arguments; without `--config` they override the default one.
+
+        With `--resume` and no `--config`, the configuration stored in the `--output` folder is what they override.
+        `preset` are values of keys between the configuration file's and the arguments'.
+        """
+        parser = self.parser()
+        resolved = self._resolve(self._complete_switches(arguments), preset or {})
+        try:
+            return self._build(parser, parser.parse_args(resolved))
+        except ArgumentError as error:
+            raise ConfigError(_with_suggestions(str(error), parser, resolved)) from None
+
+    def load(self, name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> C:
+        """Read a built-in configuration or a YAML file; `overrides`: keys such as `"weights.lr"` with new values."""
+        values = _read_yaml(self.path(name_or_path))
+        for key, value in (overrides or {}).items():
+            *groups, last = key.split(".")
+            target = values
+            for group in groups:
+                target = target.setdefault(group, {})
+            target[last] = value
+        return self.from_dict(values)
+
+    def from_dict(self, values: Mapping[str, Any]) -> C:
+        """A validated configuration from nested plain values; missing keys take their defaults."""
+        parser = self.parser()
+        try:
+            return self._build(parser, parser.parse_object(dict(values)))
+        except ArgumentError as error:
+            raise ConfigError(_suggest(str(error), _flatten(values), _known_keys(parser))) from None
+
+    def _build(self, parser: ArgumentParser, namespace: Any) -> C:
+        for field in dataclasses.fields(self.config_class):  # type: ignore[arg-type]
+            if dataclasses.is_dataclass(field.default_factory) and not hasattr(namespace[field.name], "as_dict"):
+                raise ConfigError(f"{field.name} is a group of keys, got {namespace[field.name]!r}")
+        values = parser.instantiate(namespace).as_dict()
+        values.pop("config", None)
+        return self.config_class(**values)
+
+    def _complete_switches(self, arguments: Sequence[str]) -> list[str]:
+        """`--resume` alone means `--resume=true`."""
+        fields = dataclasses.fields(self.config_class)  # type: ignore[arg-type]
+        switches = {f"--{field.name}" for field in fields if field.type == "bool"}
+        completed: list[str] = []
+        for index, argument in enumerate(arguments):
+            follows = arguments[index + 1].lower() if index + 1 < len(arguments) else ""
+            bare = argument in switches and follows not in ("true", "false", "yes", "no")
+            completed.append(f"{argument}=true" if bare else argument)
+        return completed
+
+    def _resolve(self, arguments: list[str], preset: Mapping[str, Any]) -> list[str]:
+        """Replace configuration names by paths, put the default one first where none is named, then the preset."""
+        files: list[str] = []
+        others: list[str] = []
+        pending = iter(arguments)
+        for argument in pending:
+            if argument == "--config":
+                value = next(pending, None)
+                if value is None:
+                    raise ConfigError(f"--config needs a name ({', '.join(self.names())}) or a YAML file")
+                argument = f"--config={value}"
+            if argument.startswith("--config="):
+                path = self.path(argument.removeprefix("--config="))
+                _read_yaml(path)
+                files.append(f"--config={path}")
+            else:
+                others.append(argument)
+        if not files and not {"-h", "--help"} & set(arguments):
+            files = [f"--config={_stored_config(arguments) or self.folder / f'{self.default}.yaml'}"]
+        values = [f"--{key}={json.dumps(value)}" for key, value in preset.items()]
+        return [*files, *values, *others]
 
 
-def config_path(name_or_path: str | Path) -> Path:
-    """The file of a built-in configuration or of a path; a `ConfigError` lists the names where neither exists."""
-    path = Path(name_or_path)
-    built_in = CONFIG_FOLDER / f"{name_or_path}.yaml"
-    if path.suffix == "" and path.name == str(name_or_path) and built_in.is_file():
-        return built_in
-    if path.is_file():
-        return path
-    raise ConfigError(
-        f"--config {name_or_path}: neither a file nor a built-in configuration ({', '.join(config_names())})"
-    )
+SEARCH = ConfigKind(SearchConfig, "tfnas search", "Search a network that meets a latency target.", CONFIG_FOLDER)
+config_names = SEARCH.names
+config_path = SEARCH.path
+parse_search_arguments = SEARCH.parse
+load_config = SEARCH.load
+config_from_dict = SEARCH.from_dict
 
 
-def search_parser(prog: str = "tfnas search") -> ArgumentParser:
-    """Command-line parser of a search: one option per key of `SearchConfig`, `--config`, `--print_config`."""
-    parser = ArgumentParser(
-        prog=prog,
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Search a network that meets a latency target.",
-    )
-    parser.add_argument(
-        "--config",
-        action=ActionConfigFile,
-        help=f"built-in name ({', '.join(config_names())}) or YAML file; default {DEFAULT_CONFIG}",
-    )
-    parser.add_class_arguments(SearchConfig, as_group=False)
-    return parser
-
-
-def parse_search_arguments(arguments: Sequence[str], prog: str = "tfnas search") -> SearchConfig:
-    """`SearchConfig` from command-line arguments; without `--config` they override `quickstart`.
-
-    With `--resume` and no `--config`, the configuration stored in the `--output` folder is what they override.
-    """
-    parser = search_parser(prog)
-    resolved = _resolve_config_arguments(_complete_switches(arguments))
-    try:
-        return _build(parser, parser.parse_args(resolved))
-    except ArgumentError as error:
-        raise ConfigError(_with_suggestions(str(error), parser, resolved)) from None
-
-
-def load_config(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> SearchConfig:
-    """Read a built-in configuration or a YAML file; `overrides` are keys such as `"weights.lr"` with new values."""
-    values = _read_yaml(config_path(name_or_path))
-    for key, value in (overrides or {}).items():
-        *groups, last = key.split(".")
-        target = values
-        for group in groups:
-            target = target.setdefault(group, {})
-        target[last] = value
-    return config_from_dict(values)
-
-
-def config_from_dict(values: Mapping[str, Any]) -> SearchConfig:
-    """Validated `SearchConfig` from nested plain values; missing keys take their defaults."""
-    parser = search_parser()
-    try:
-        return _build(parser, parser.parse_object(dict(values)))
-    except ArgumentError as error:
-        raise ConfigError(_suggest(str(error), _flatten(values), _known_keys(parser))) from None
-
-
-def config_to_dict(config: SearchConfig) -> dict[str, Any]:
+def config_to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values, complete: `config_from_dict(config_to_dict(c)) == c`."""
     values: dict[str, Any] = _with_lists(dataclasses.asdict(config))
     return values
@@ -100,18 +158,9 @@ def _with_lists(value: Any) -> Any:
     return [_with_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def config_to_yaml(config: SearchConfig) -> str:
+def config_to_yaml(config: Any) -> str:
     """Complete YAML of a configuration; `load_config` of it gives the same configuration."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False)
-
-
-def _build(parser: ArgumentParser, namespace: Any) -> SearchConfig:
-    for field in dataclasses.fields(SearchConfig):
-        if dataclasses.is_dataclass(field.default_factory) and not hasattr(namespace[field.name], "as_dict"):
-            raise ConfigError(f"{field.name} is a group of keys, got {namespace[field.name]!r}")
-    values = parser.instantiate(namespace).as_dict()
-    values.pop("config", None)
-    return SearchConfig(**values)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -124,39 +173,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values at its top level, got {type(values).__name__}")
     return values
-
-
-def _complete_switches(arguments: Sequence[str]) -> list[str]:
-    """`--resume` alone means `--resume=true`."""
-    completed: list[str] = []
-    for index, argument in enumerate(arguments):
-        follows = arguments[index + 1].lower() if index + 1 < len(arguments) else ""
-        bare = argument in SWITCHES and follows not in ("true", "false", "yes", "no")
-        completed.append(f"{argument}=true" if bare else argument)
-    return completed
-
-
-def _resolve_config_arguments(arguments: list[str]) -> list[str]:
-    """Replace configuration names by paths and put the default configuration first where none is named."""
-    resolved: list[str] = []
-    named = False
-    pending = iter(arguments)
-    for argument in pending:
-        if argument == "--config":
-            value = next(pending, None)
-            if value is None:
-                raise ConfigError(f"--config needs a name ({', '.join(config_names())}) or a YAML file")
-            argument = f"--config={value}"
-        if argument.startswith("--config="):
-            named = True
-            path = config_path(argument.removeprefix("--config="))
-            _read_yaml(path)
-            argument = f"--config={path}"
-        resolved.append(argument)
-    if named or "-h" in arguments or "--help" in arguments:
-        return resolved
-    stored = _stored_config(arguments)
-    return [f"--config={stored or CONFIG_FOLDER / f'{DEFAULT_CONFIG}.yaml'}", *resolved]
 
 
 def _stored_config(arguments: list[str]) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Collection, Iterable, Mapping
 
 
@@ -61,12 +61,14 @@ class Fields:
             raise self.fail(key, f"an integer {bound}")
         return value
 
-    def number(self, key: str, minimum: float = 0.0) -> float:
+    def number(self, key: str, minimum: float = 0.0, maximum: float = sys.float_info.max) -> float:
         value = self.values[key]
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.fail(key, "a number")
-        if not math.isfinite(value) or value < minimum:
-            raise self.fail(key, f"a finite number of at least {minimum:g}")
+        # also false for nan; comparing instead of converting, which fails for integers of hundreds of digits
+        if not minimum <= value <= maximum:
+            bound = f" and at most {maximum:g}" if maximum < sys.float_info.max else ""
+            raise self.fail(key, f"a finite number of at least {minimum:g}{bound}")
         return value
 
     def flag(self, key: str) -> bool:

@@ -80,7 +80,7 @@ def search(config: SearchConfig, callbacks: Sequence[Callback] | None = None) ->
     with ExitStack() as stack:
         for callback in callbacks:
             stack.callback(callback.close)
-        folder = stack.enter_context(RunFolder.open(config))
+        folder = stack.enter_context(RunFolder.open(config, stem=Path(config.space).stem))
         config = dataclasses.replace(config, output=str(folder.path))
         say = _Announce(callbacks)
         state = _stored_state(config, folder, device, say)

@@ -13,11 +13,11 @@ import time
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from tfnas.checkpoint import has_checkpoint
-from tfnas.config import ConfigError, SearchConfig
-from tfnas.config_io import config_to_dict, config_to_yaml, load_config
+from tfnas.config import ConfigError
+from tfnas.config_io import SEARCH, ConfigKind, config_to_dict, config_to_yaml
 from tfnas.files import write_text_atomically
 
 CONFIG_FILE = "config.yaml"
@@ -29,6 +29,13 @@ LOCK_FILE = ".lock"
 FREE_KEYS = ("output", "resume", "dataset.workers", "checkpoint.every_steps", "checkpoint.every_s")
 
 
+class RunConfig(Protocol):
+    """What a run's configuration, a dataclass, says about its folder."""
+
+    output: str | None
+    resume: bool
+
+
 class RunFolder:
     """A run's folder, locked against a second process for as long as it is open (a killed process frees it)."""
 
@@ -37,27 +44,29 @@ class RunFolder:
         self._lock = lock
 
     @classmethod
-    def open(cls, config: SearchConfig) -> RunFolder:
-        """Make or take over the folder `config.output` names (null: `runs/<space>-<date>-<time>`).
+    def open(cls, config: RunConfig, kind: ConfigKind[Any] = SEARCH, stem: str = "run") -> RunFolder:
+        """Make or take over the folder `config.output` names (null: `runs/<stem>-<date>-<time>`).
+
+        `kind` reads the configuration that a run left there.
 
         Raises `ConfigError` where the folder belongs to a run and `resume` is off, where another process works in it,
         or where the run to be resumed has another configuration (the keys are named); `OSError` where the folder
         cannot be written.
         """
-        path = Path(config.output) if config.output else _fresh_name(config)
+        path = Path(config.output) if config.output else _fresh_name(stem)
         if path.exists() and not path.is_dir():
             raise ConfigError(f"output {path} is a file; name a folder")
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path, _lock(path))
         try:
-            folder._check(config)
+            folder._check(config, kind)
             write_text_atomically(path / CONFIG_FILE, config_to_yaml(config))
         except BaseException:
             folder.close()
             raise
         return folder
 
-    def _check(self, config: SearchConfig) -> None:
+    def _check(self, config: RunConfig, kind: ConfigKind[Any]) -> None:
         stored = self.path / CONFIG_FILE
         if not config.resume:
             taken = [name for name in (CONFIG_FILE, METRICS_FILE, ARCHITECTURE_FILE) if (self.path / name).exists()]
@@ -67,7 +76,7 @@ class RunFolder:
                     "go on with it by --resume, or name another folder by --output"
                 )
         elif stored.exists():
-            changed = changed_keys(load_config(stored), config)
+            changed = changed_keys(kind.load(stored), config)
             if changed:
                 lines = "\n".join(f"  {key}: {old!r} in the run, now {new!r}" for key, old, new in changed)
                 raise ConfigError(f"--resume: the run in {self.path} has another configuration:\n{lines}")
@@ -112,7 +121,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def changed_keys(old: SearchConfig, new: SearchConfig) -> list[tuple[str, Any, Any]]:
+def changed_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of every key that differs and makes it another run."""
     before, after = _flat(config_to_dict(old)), _flat(config_to_dict(new))
     return [(key, before[key], after[key]) for key in before if before[key] != after[key] and key not in FREE_KEYS]
@@ -125,8 +134,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _fresh_name(config: SearchConfig) -> Path:
-    stem = f"{Path(config.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+def _fresh_name(stem: str) -> Path:
+    stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = Path("runs") / stem, 1
     while path.exists():
         number += 1
@@ -141,7 +150,7 @@ def _lock(path: Path) -> IO[str]:
     except BlockingIOError:
         lock.close()
         raise ConfigError(
-            f"output {path}: another process is running a search there; wait for it or name another folder"
+            f"output {path}: another process is at work there; wait for it or name another folder"
         ) from None
     except OSError as error:
         warnings.warn(

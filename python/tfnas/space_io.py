@@ -17,10 +17,16 @@ from typing import Any
 import yaml
 
 from .fields import Fields, describe, suggestion
+from .files import write_text_atomically
 from .space import ACTIVATIONS, DEPTH_SPACES, KERNEL_SIZES, STRIDES, Candidate, Space, Stage
 
 BUILTIN_SPACES = Path(__file__).parent / "configs" / "spaces"
 TABLE_1 = "imagenet"
+
+# far beyond any sensible network, but a slip of the keyboard must not take all memory
+MAX_SIZE = 2**20
+MAX_DEPTH = 64
+MAX_EXPANSION = 1024.0
 
 _STAGE_KEYS = tuple(field.name for field in fields(Stage))
 _CANDIDATE_KEYS = tuple(field.name for field in fields(Candidate))
@@ -62,17 +68,17 @@ def space_from_dict(data: Mapping[str, Any]) -> Space:
     top = Fields(data, "", required=[k for k in _SPACE_KEYS if k != "depth_space"], optional=["depth_space"])
     space = Space(
         name=top.text("name"),
-        resolution=top.integer("resolution"),
-        image_channels=top.integer("image_channels"),
-        num_classes=top.integer("num_classes"),
-        stem_channels=top.integer("stem_channels"),
+        resolution=top.integer("resolution", maximum=MAX_SIZE),
+        image_channels=top.integer("image_channels", maximum=MAX_SIZE),
+        num_classes=top.integer("num_classes", maximum=MAX_SIZE),
+        stem_channels=top.integer("stem_channels", maximum=MAX_SIZE),
         stem_stride=top.integer_choice("stem_stride", STRIDES),
         stem_act=top.choice("stem_act", ACTIVATIONS),
-        fixed_channels=top.integer("fixed_channels"),
-        fixed_se_channels=top.integer("fixed_se_channels", minimum=0),
+        fixed_channels=top.integer("fixed_channels", maximum=MAX_SIZE),
+        fixed_se_channels=top.integer("fixed_se_channels", minimum=0, maximum=MAX_SIZE),
         stages=tuple(_stage(item, path) for path, item in top.items("stages")),
         candidates=tuple(_candidate(item, path) for path, item in top.items("candidates")),
-        head_channels=top.integer("head_channels"),
+        head_channels=top.integer("head_channels", maximum=MAX_SIZE),
         head_act=top.choice("head_act", ACTIVATIONS),
         depth_space=top.choice("depth_space", DEPTH_SPACES) if "depth_space" in top else DEPTH_SPACES[0],
     )
@@ -85,11 +91,17 @@ def validate_space(space: Space) -> None:
     space_from_dict(space_to_dict(space))
 
 
+def save_space(path: str | os.PathLike[str], space: Space) -> None:
+    """Check `space` and write it as a YAML file for `load_space`, atomically; a configuration may name that file."""
+    validate_space(space)
+    write_text_atomically(path, yaml.safe_dump(space_to_dict(space), sort_keys=False))
+
+
 def _stage(item: object, path: str) -> Stage:
     stage = Fields(item, path, required=_STAGE_KEYS)
     return Stage(
-        out_channels=stage.integer("out_channels"),
-        depth=stage.integer("depth"),
+        out_channels=stage.integer("out_channels", maximum=MAX_SIZE),
+        depth=stage.integer("depth", maximum=MAX_DEPTH),
         stride=stage.integer_choice("stride", STRIDES),
         act=stage.choice("act", ACTIVATIONS),
     )
@@ -106,10 +118,10 @@ def _candidate(item: object, path: str) -> Candidate:
     candidate = Candidate(
         name=name,
         kernel_size=entry.integer_choice("kernel_size", KERNEL_SIZES),
-        expansion=entry.number("expansion"),
-        min_expansion=entry.number("min_expansion"),
-        max_expansion=entry.number("max_expansion"),
-        se_expansion=entry.number("se_expansion") if "se_expansion" in entry else 0.0,
+        expansion=entry.number("expansion", maximum=MAX_EXPANSION),
+        min_expansion=entry.number("min_expansion", maximum=MAX_EXPANSION),
+        max_expansion=entry.number("max_expansion", maximum=MAX_EXPANSION),
+        se_expansion=entry.number("se_expansion", maximum=MAX_EXPANSION) if "se_expansion" in entry else 0.0,
     )
     if not 0 < candidate.min_expansion <= candidate.expansion <= candidate.max_expansion:
         raise entry.fail(

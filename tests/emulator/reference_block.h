@@ -15,8 +15,8 @@ struct Shape {
   int64_t out_pixels() const { return int64_t{batch} * out_height() * out_width(); }
 };
 
-inline tfnas::LayerTable make_table(const std::vector<std::array<int, 3>>& kernel_width_se) {
-  tfnas::LayerTable table{};
+inline tfnas::cuda::LayerTable make_table(const std::vector<std::array<int, 3>>& kernel_width_se) {
+  tfnas::cuda::LayerTable table{};
   int row = 0, filter = 0, se_weight = 0, se_reduce_bias = 0, se_expand_bias = 0;
   for (const auto& [kernel, width, se] : kernel_width_se) {
     table.candidate[table.count++] = {kernel, row,       filter,         width,
@@ -34,8 +34,8 @@ inline tfnas::LayerTable make_table(const std::vector<std::array<int, 3>>& kerne
 template <class T>
 class ReferenceBlock {
  public:
-  using A = tfnas::Acc<T>;
-  ReferenceBlock(const Shape& shape, const tfnas::LayerTable& table, int choice, unsigned seed)
+  using A = tfnas::cuda::Acc<T>;
+  ReferenceBlock(const Shape& shape, const tfnas::cuda::LayerTable& table, int choice, unsigned seed)
       : shape(shape), table(table), choice(choice), random(seed) {
     for (int i = 0; i < table.count; i++) {
       const auto& rows = table.candidate[i];
@@ -44,7 +44,7 @@ class ReferenceBlock {
       if (choice < 0 || choice == i) {
         chosen.push_back(i);
         active_at.push_back(active);
-        active += tfnas::pitch_of(rows.width);
+        active += tfnas::cuda::pitch_of(rows.width);
       }
     }
     x = random.normal<T>(shape.in_pixels() * shape.in_channels, 1, 0.3);
@@ -65,7 +65,7 @@ class ReferenceBlock {
     rstd1.assign(active, 0), shift1.assign(active, 0), mean2.assign(active, 0), rstd2.assign(active, 0);
     y2.assign(shape.out_pixels() * active, 0);
     h1.assign(shape.in_pixels() * active, 0);
-    for_each_channel([&](int k, const tfnas::CandidateRows& rows, int c) {
+    for_each_channel([&](int k, const tfnas::cuda::CandidateRows& rows, int c) {
       double mean = 0, square = 0;
       std::vector<double> y1(shape.in_pixels());
       for (int64_t p = 0; p < shape.in_pixels(); p++) {
@@ -102,7 +102,7 @@ class ReferenceBlock {
     pooled.assign(shape.batch * active, 0), gate.assign(shape.batch * active, 1);
     squeezed.assign(shape.batch * squeezed_stride, 0);
     h2.assign(y2.size(), 0), z.assign(y2.size(), 0);
-    for_each_channel([&](int k, const tfnas::CandidateRows&, int c) {
+    for_each_channel([&](int k, const tfnas::cuda::CandidateRows&, int c) {
       for (int64_t p = 0; p < pixels; p++) {
         const int v = active_at[k] + c;
         const int64_t at = wide(k, c, p, pixels);
@@ -133,7 +133,7 @@ class ReferenceBlock {
     const int outs = shape.out_channels, slots = static_cast<int>(chosen.size());
     y3.assign(slots * pixels * outs, 0), h3 = y3;
     mean3.assign(slots * outs, 0), rstd3.assign(slots * outs, 0), out.assign(pixels * outs, 0);
-    for_each_channel([&](int k, const tfnas::CandidateRows& rows, int c) {
+    for_each_channel([&](int k, const tfnas::cuda::CandidateRows& rows, int c) {
       for (int64_t p = 0; p < pixels; p++) {
         const int64_t at = wide(k, c, p, pixels);
         z[at] = activate(h2[at]) * gate[p / map * active + active_at[k] + c];
@@ -256,18 +256,18 @@ class ReferenceBlock {
     }
   }
 
-  double activate(double h) const { return tfnas::activate(shape.act, h); }
+  double activate(double h) const { return tfnas::cuda::activate(shape.act, h); }
   double slope(double h) const {
     double value, s;
-    tfnas::activate_with_slope(shape.act, h, value, s);
+    tfnas::cuda::activate_with_slope(shape.act, h, value, s);
     return s;
   }
-  double filter_of(const tfnas::CandidateRows& rows, int c, int tap) const {
+  double filter_of(const tfnas::cuda::CandidateRows& rows, int c, int tap) const {
     return to_double(depthwise[rows.depthwise_at + c * rows.kernel_size * rows.kernel_size + tap]);
   }
   // Index of channel c of the k-th active candidate at pixel p.
   int64_t wide(int k, int c, int64_t p, int64_t pixels) const {
-    return pixels * active_at[k] + p * tfnas::pitch_of(table.candidate[chosen[k]].width) + c;
+    return pixels * active_at[k] + p * tfnas::cuda::pitch_of(table.candidate[chosen[k]].width) + c;
   }
   template <class F>
   void for_each_channel(F f) const {
@@ -287,7 +287,7 @@ class ReferenceBlock {
   }
   // f(tap, input pixel) for every tap of the filter that lies inside the image.
   template <class F>
-  void for_each_tap(const tfnas::CandidateRows& rows, int n, int oy, int ox, F f) const {
+  void for_each_tap(const tfnas::cuda::CandidateRows& rows, int n, int oy, int ox, F f) const {
     const int k = rows.kernel_size;
     for (int tap = 0; tap < k * k; tap++) {
       const int y = oy * shape.stride + tap / k - k / 2, x = ox * shape.stride + tap % k - k / 2;
@@ -301,13 +301,13 @@ class ReferenceBlock {
     for (size_t k = 0; k < chosen.size(); k++) {
       const int width = table.candidate[chosen[k]].width;
       for (int64_t p = 0; p < pixels; p++) {
-        for (int c = width; c < tfnas::pitch_of(width); c++) values[wide(k, c, p, pixels)] = {};
+        for (int c = width; c < tfnas::cuda::pitch_of(width); c++) values[wide(k, c, p, pixels)] = {};
       }
     }
   }
 
   const Shape shape;
-  const tfnas::LayerTable table;
+  const tfnas::cuda::LayerTable table;
   const int choice;
   Random random;
   const double eps = 1e-5;

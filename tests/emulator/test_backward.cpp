@@ -11,7 +11,7 @@
 #include "squeeze_excite_backward.cuh"
 
 using namespace emulator_check;
-using namespace tfnas;
+using namespace tfnas::cuda;
 
 namespace {
 

@@ -28,28 +28,29 @@ void check(const char* name, int64_t pixels, int channels, int64_t run, double o
   }
 
   const int runs = static_cast<int>((pixels + run - 1) / run);
-  const tfnas::GramTiling tiling(channels);
+  const tfnas::cuda::GramTiling tiling(channels);
   std::vector<Acc> sums(runs * channels), got_mean(channels),
       parts(runs * tiling.pairs() * tiling.tile * tiling.tile), got_covariance(channels * channels);
   const T* x_data = x.data();
   Acc *sums_data = sums.data(), *mean_data = got_mean.data(), *parts_data = parts.data(),
       *covariance_data = got_covariance.data();
-  TFNAS_LAUNCH((tfnas::channel_sums<T, Acc>), dim3(runs, tfnas::ceil_div(channels, 32)), dim3(32, 8), 0, 0,
-               x_data, sums_data, pixels, channels, run);
-  TFNAS_LAUNCH((tfnas::finish_mean<Acc>), dim3(tfnas::ceil_div(channels, 64)), dim3(64), 0, 0, sums_data,
-               mean_data, runs, channels, pixels);
-  const tfnas::Centred<T> centred{x_data, mean_data, channels};
-  TFNAS_LAUNCH((tfnas::gram<Acc, tfnas::Centred<T>>), dim3(runs, tiling.pairs()), dim3(tfnas::kGramThreads),
-               tiling.shared_bytes<Acc>(), 0, centred, parts_data, pixels, channels, run);
-  TFNAS_LAUNCH((tfnas::finish_gram<Acc>),
-               dim3(tfnas::ceil_div(tiling.tile * tiling.tile, 256), tiling.pairs()), dim3(256), 0, 0,
+  TFNAS_LAUNCH((tfnas::cuda::channel_sums<T, Acc>), dim3(runs, tfnas::cuda::ceil_div(channels, 32)),
+               dim3(32, 8), 0, 0, x_data, sums_data, pixels, channels, run);
+  TFNAS_LAUNCH((tfnas::cuda::finish_mean<Acc>), dim3(tfnas::cuda::ceil_div(channels, 64)), dim3(64), 0, 0,
+               sums_data, mean_data, runs, channels, pixels);
+  const tfnas::cuda::Centred<T> centred{x_data, mean_data, channels};
+  TFNAS_LAUNCH((tfnas::cuda::gram<Acc, tfnas::cuda::Centred<T>>), dim3(runs, tiling.pairs()),
+               dim3(tfnas::cuda::kGramThreads), tiling.shared_bytes<Acc>(), 0, centred, parts_data, pixels,
+               channels, run);
+  TFNAS_LAUNCH((tfnas::cuda::finish_gram<Acc>),
+               dim3(tfnas::cuda::ceil_div(tiling.tile * tiling.tile, 256), tiling.pairs()), dim3(256), 0, 0,
                parts_data, covariance_data, runs, channels, pixels);
   expect_close("mean", got_mean, mean, tolerance);
   expect_close("covariance", got_covariance, covariance, tolerance);
 
   // Three candidates of odd widths; the mixture (all of them), then each alone through a choice in device
   // memory.
-  const tfnas::LayerTable table{3, {{3, 0, 0, 33}, {5, 40, 360, 1}, {3, 41, 385, 70}}};
+  const tfnas::cuda::LayerTable table{3, {{3, 0, 0, 33}, {5, 40, 360, 1}, {3, 41, 385, 70}}};
   const int rows = 41 + 75;
   const double eps = 1e-5;
   const std::vector<Acc> expand = random.normal<Acc>(rows * channels, 1 / std::sqrt(channels));
@@ -71,15 +72,15 @@ void check(const char* name, int64_t pixels, int channels, int64_t run, double o
         rstd.push_back(1 / std::sqrt(variance + eps));
         shift.push_back(-projected / std::sqrt(variance + eps));
       }
-      active += tfnas::pitch_of(table.candidate[i].width);
+      active += tfnas::cuda::pitch_of(table.candidate[i].width);
     }
     std::vector<Acc> got_rstd(rstd.size()), got_shift(rstd.size());
     const Acc* expand_data = expand.data();
-    const tfnas::LayerTable* table_data = &table;
+    const tfnas::cuda::LayerTable* table_data = &table;
     const int* choice_data = choice < 0 ? nullptr : &choice;
     Acc *rstd_data = got_rstd.data(), *shift_data = got_shift.data();
-    TFNAS_LAUNCH((tfnas::fold<Acc>), dim3(9), dim3(tfnas::kFoldThreads),
-                 tfnas::fold_shared_elements(channels) * sizeof(Acc), 0, expand_data, mean_data,
+    TFNAS_LAUNCH((tfnas::cuda::fold<Acc>), dim3(9), dim3(tfnas::cuda::kFoldThreads),
+                 tfnas::cuda::fold_shared_elements(channels) * sizeof(Acc), 0, expand_data, mean_data,
                  covariance_data, rstd_data, shift_data, table_data, choice_data, channels, eps);
     expect_close(choice < 0 ? "fold, mixture: 1/std" : "fold, one candidate: 1/std", got_rstd, rstd,
                  tolerance);

@@ -1,0 +1,159 @@
+"""The CUDA engine, launchers and kernels included, on CPU tensors under the emulator, against a naive body in float64.
+
+What a GPU adds to this is the device itself: its own compiler, tensor cores, streams and memory. Building takes a
+minute, so these run with TFNAS_SLOW=1.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from engine_case import Case, close, random_body, small_body
+
+import tfnas_ext  # noqa: F401  (defines the operators, where the native module is built)
+from tfnas_ext.engine import EngineFactory, register_engine, run_mixture, run_paths
+from tfnas_ext.engine_cuda import CudaEngine, refusal, shape_refusal
+from tfnas_ext.engine_spec import BodySpec, CandidateSpec, LayerSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Name of an engine that is `CudaEngine` on emulated kernels."""
+    if shutil.which("c++") is None or shutil.which("ninja") is None:
+        pytest.skip("needs a C++ compiler and ninja")
+    from torch.utils.cpp_extension import load
+
+    emulator = ROOT / "tests" / "emulator"
+    flags = ["-O1", "-w", "-std=c++20", "-DTFNAS_EMULATE"]
+    if not hasattr(torch.ops.tfnas, "_layer_forward"):
+        flags.append("-DTFNAS_DEFINE_OPERATORS")
+    load(
+        "tfnas_emulated",
+        [str(emulator / "emulated_launchers.cpp"), str(emulator / "emulator.cpp")],
+        extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "csrc" / "kernels"), str(emulator)],
+        extra_cflags=flags,
+        build_directory=str(tmp_path_factory.mktemp("emulated")),
+        is_python_module=False,
+    )
+    register_engine("cuda-emulated", EngineFactory(CudaEngine, lambda spec, layers: "for tests only"))
+    return "cuda-emulated"
+
+
+def make_case(emulated: str, spec: BodySpec, seed: int, shape: tuple[int, int, int]) -> Case:
+    register_engine(emulated, EngineFactory(CudaEngine, lambda spec, layers: shape_refusal(spec)))
+    try:
+        return Case(spec, emulated, seed, shape)
+    finally:
+        register_engine(emulated, EngineFactory(CudaEngine, lambda spec, layers: "for tests only"))
+
+
+def random_sink_body(rng: random.Random) -> BodySpec:
+    while True:
+        spec = random_body(rng)
+        if shape_refusal(spec) is None:
+            return spec
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.slow
+def test_paths_and_mixture(emulated: str, seed: int) -> None:
+    rng = random.Random(seed)
+    spec = small_body("sink") if seed == 0 else random_sink_body(rng)
+    strides = sum(layer.stride == 2 for layer in spec.layers)
+    size = 2 * 2**strides
+    case = make_case(emulated, spec, seed, (2, size + rng.randint(0, 3), size + rng.randint(0, 3)))
+    paths = 1 + seed % 2
+    outs = run_paths(case.engine, case.x, case.choices[:paths], case.v)
+    wants = [case.naive.path(case.x, choice, case.v) for choice in case.choices[:paths].tolist()]
+    douts = [case.normal(*out.shape) for out in outs]
+    dx = torch.autograd.grad(outs, case.x, douts)[0]
+    parameters = dict(case.naive.named_parameters())
+    grads = torch.autograd.grad(wants, [case.x, *parameters.values()], douts, allow_unused=True)
+    for out, want in zip(outs, wants, strict=True):
+        close(out, want, 1e-8)
+    close(dx, grads[0], 1e-7)
+    got = case.named_gradients()
+    want_grads = {name: grad for name, grad in zip(parameters, grads[1:], strict=True) if grad is not None}
+    assert got.keys() == want_grads.keys()
+    for name, grad in want_grads.items():
+        close(got[name], grad, 1e-7)
+
+    assert case.v is not None
+    inputs = [case.x, case.u.requires_grad_(), case.v.requires_grad_()]
+    out, want = run_mixture(case.engine, *inputs), case.naive.mixture(*inputs)
+    close(out, want, 1e-8)
+    dout = case.normal(*out.shape)
+    for got_grad, grad in zip(
+        torch.autograd.grad(out, inputs, dout), torch.autograd.grad(want, inputs, dout), strict=True
+    ):
+        close(got_grad, grad, 1e-7)
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.slow
+def test_clip_and_sgd(emulated: str, same: bool) -> None:
+    """Three steps equal those of the plain PyTorch engine, also where both paths take the same candidates."""
+    ours, plain = (
+        make_case(emulated, small_body("sink"), 3, (2, 7, 6)),
+        Case(small_body("sink"), "reference", 3, (2, 7, 6)),
+    )
+    dense = [[torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)] for _ in range(2)]
+    for step in range(3):
+        choices = torch.tensor([[step % 2] * 4, [step % 2 if same else 3] * 4])
+        norms = []
+        for case, (weight, buffer) in zip((ours, plain), dense, strict=True):
+            outs = run_paths(case.engine, case.x, choices, case.v)
+            torch.autograd.grad(
+                outs, case.x, [torch.sin(torch.arange(out.numel()).double()).view(out.shape) for out in outs]
+            )
+            grad = torch.linspace(-1, 1, 5, dtype=torch.float64)
+            norms.append(case.engine.clip_and_sgd_(0.1, 0.9, 1e-3, 2.0, [(weight, grad, buffer)]))
+        close(norms[0], norms[1], 1e-9)
+    close(dense[0][0], dense[1][0], 1e-9)
+    for a, b in zip(ours.layers, plain.layers, strict=True):
+        for got, want in zip([*a.weights(), *a.momenta()], [*b.weights(), *b.momenta()], strict=True):
+            close(got.detach(), want.detach(), 1e-8)
+    with pytest.raises(RuntimeError, match="backward_paths"):
+        ours.engine.clip_and_sgd_(0.1, 0.9, 0, 5.0, [])
+
+
+@pytest.mark.slow
+def test_choices_are_not_read_on_the_host(emulated: str) -> None:
+    """A choice past the last candidate is clamped on the device, and the launch goes on: no check that would wait."""
+    case = make_case(emulated, small_body("sink"), 4, (2, 5, 5))
+    last = torch.tensor([[len(layer.candidates) - 1 for layer in case.spec.layers]])
+    outs = [case.engine.forward_paths(case.x, choices, case.v, False)[0][0] for choices in (last, last + 9)]
+    assert torch.equal(*outs)
+
+
+def test_refusals() -> None:
+    case = Case(small_body("sink"), "reference", 0)
+    assert "not on a CUDA device" in str(refusal(case.spec, case.layers))
+    assert "depth_space" in str(shape_refusal(small_body("skip-out")))
+    layer = LayerSpec(4, 4, 1, "relu", True, (CandidateSpec("a", 9, 8, 0),))
+    assert "kernel sizes [9]" in str(shape_refusal(BodySpec(((layer,),))))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 5, 4, 4, dtype=torch.float64)}, "x must be"),
+        ({"choices": torch.zeros(3, 4, dtype=torch.int64)}, "choices must be"),
+        ({"v": None}, "v must be"),
+        ({"x": torch.zeros(0, 4, 4, 4, dtype=torch.float64)}, "non-empty"),
+    ],
+)
+@pytest.mark.slow
+def test_bad_arguments(emulated: str, change: dict[str, torch.Tensor | None], message: str) -> None:
+    case = make_case(emulated, small_body("sink"), 0, (2, 5, 5))
+    arguments = {"x": case.x, "choices": case.choices, "v": case.v} | change
+    with pytest.raises(ValueError, match=message):
+        case.engine.forward_paths(arguments["x"], arguments["choices"], arguments["v"], False)
+    with pytest.raises(ValueError, match=r"widths: layer 0"):
+        case.engine.set_widths([[0] * len(layer.candidates) for layer in case.spec.layers])

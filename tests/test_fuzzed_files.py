@@ -1,0 +1,77 @@
+"""Files with random damage: a reader returns something valid or raises ValueError, never anything else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tfnas.architecture import architecture_to_dict, load_architecture, save_architecture
+from tfnas.published_config import from_published_config, to_published_config
+from tfnas.space_io import load_space, space_from_dict, space_to_dict
+
+JUNK: list[Any] = [
+    *(None, True, -1, 0, 1, 2, 7, 10**30, 10**400, 0.5, -0.0, float("inf"), float("nan"), 1e300),
+    *("", "relu", "k3_e3", "imagenet", "\x00", [], [[]], [1], {}, {"name": 1}, {"": {}}),
+]
+
+
+def _damage(rng: random.Random, data: Any) -> Any:
+    """A copy of nested dicts and lists with one entry replaced, removed, renamed or doubled."""
+    data = copy.deepcopy(data)
+    nodes = [data]
+    for node in nodes:
+        children = node.values() if isinstance(node, dict) else node
+        nodes.extend(child for child in children if isinstance(child, dict | list) and child)
+    node = rng.choice(nodes)
+    key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+    action = rng.choice(["replace", "replace", "replace", "remove", "rename", "double"])
+    if action == "replace":
+        node[key] = rng.choice(JUNK)
+    elif action == "remove":
+        del node[key]
+    elif isinstance(node, list):
+        node.append(copy.deepcopy(node[key]))
+    else:
+        node[f"{key}x" if action == "rename" else rng.choice(["", "x", "stage9", "base"])] = node.pop(key)
+    return data
+
+
+def _architecture_file(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    arch, facts = load_architecture("tf-nas-a")
+    save_architecture(folder / "good.json", arch, **facts, seed=3, repaired=True, versions={"torch": "2"})
+
+    def read(data: Any) -> object:
+        (folder / "bad.json").write_text(json.dumps(data))
+        return architecture_to_dict(load_architecture(folder / "bad.json")[0])
+
+    return json.loads((folder / "good.json").read_text()), read
+
+
+def _space(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    return json.loads(json.dumps(space_to_dict(load_space("small")))), lambda data: space_from_dict(data).keys
+
+
+def _config(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    arch, _ = load_architecture("tf-nas-a")
+    return to_published_config(arch), lambda data: from_published_config(data).keys()
+
+
+@pytest.mark.parametrize("kind", [_architecture_file, _space, _config])
+def test_damage_is_valid_or_a_value_error(kind: Callable[[Path], Any], tmp_path: Path) -> None:
+    good, read = kind(tmp_path)
+    read(good)
+    refused = 0
+    for seed in range(400):
+        bad = _damage(random.Random(seed), good)
+        try:
+            read(bad)
+        except ValueError:
+            refused += 1
+        except Exception as error:  # what must not happen, reported with the seed that makes it
+            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+    assert refused > 200

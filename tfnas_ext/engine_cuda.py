@@ -1,0 +1,319 @@
+"""`CudaEngine`: the supernet's body on the CUDA kernels (see `engine`). A step never waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tfnas_ext.engine_spec import BodySpec
+from tfnas_ext.packed import PackedLayer
+
+# Order and meaning as `SegmentRole` in csrc/kernels/sgd.h, for the roles of `packed.ROLES`.
+_ROWS, _DEPTHWISE, _SQUEEZE_WEIGHT, _SQUEEZE_BIAS, _EXCITE_BIAS = range(5)
+_SEGMENT_ROLES = (_ROWS, _DEPTHWISE, _ROWS, _SQUEEZE_WEIGHT, _SQUEEZE_BIAS, _SQUEEZE_WEIGHT, _EXCITE_BIAS)
+
+
+class _LayerTape(NamedTuple):
+    x: Tensor
+    saved: Tensor
+    out: Tensor
+
+
+class _PathsTape(NamedTuple):
+    paths: list[list[_LayerTape]]
+    v: Tensor
+
+
+class _MixtureTape(NamedTuple):
+    layers: list[_LayerTape]
+    u: Tensor
+    v: Tensor
+
+
+class CudaEngine:
+    """`SupernetEngine` of the `sink` depth space on a CUDA device of compute capability 7.5 or newer.
+
+    Choices are read by the kernels on the device; gradients lie in buffers that are allocated once per change of
+    widths, so a whole step can be captured in a CUDA graph. float32 products run in tf32 where
+    `torch.set_float32_matmul_precision` allows it, else in three tf32 parts that keep float32's precision.
+    Deterministic.
+    """
+
+    name = "cuda"
+
+    def __init__(self, spec: BodySpec, layers: Sequence[PackedLayer]) -> None:
+        self.spec = spec
+        self.layers = list(layers)
+        self._paths = 0  # whose gradients are pending
+        self.set_widths([[candidate.max_width for candidate in layer.candidates] for layer in spec.layers])
+
+    def set_widths(self, widths: list[list[int]]) -> None:
+        counts = [len(layer.candidates) for layer in self.spec.layers]
+        if [len(row) for row in widths] != counts:
+            raise ValueError(
+                f"widths must have one row per layer with {counts} entries, not {[len(w) for w in widths]}"
+            )
+        for index, (layer, row) in enumerate(zip(self.spec.layers, widths, strict=True)):
+            for candidate, width in zip(layer.candidates, row, strict=True):
+                if not 1 <= width <= candidate.max_width:
+                    raise ValueError(
+                        f"widths: layer {index}, {candidate.name} must be in 1..{candidate.max_width}, not {width}"
+                    )
+        self._widths = [list(row) for row in widths]
+        self._prepared_for: torch.device | None = None
+
+    def forward_paths(
+        self, x: Tensor, choices: Tensor, v: Tensor | None, with_tape: bool
+    ) -> tuple[list[Tensor], _PathsTape | None]:
+        x, depth = self._check(x, v)
+        layer_count = len(self.layers)
+        if choices.dim() != 2 or not 1 <= choices.shape[0] <= 2 or choices.shape[1] != layer_count:
+            raise ValueError(f"choices must be [P, L] with P = 1 or 2, L = {layer_count}, not {list(choices.shape)}")
+        self._choices[: choices.shape[0]].copy_(choices.clamp(min=0).minimum(self._last_candidate), non_blocking=True)
+        paths = [
+            self._forward(x, depth, [self._choices[p, index : index + 1] for index in range(layer_count)], None)
+            for p in range(choices.shape[0])
+        ]
+        outs = [out for out, _ in paths]
+        return outs, _PathsTape([tape for _, tape in paths], depth) if with_tape else None
+
+    def backward_paths(self, tape: _PathsTape, douts: list[Tensor], need_dx: bool) -> Tensor | None:
+        total = None
+        for p, (layers, dout) in enumerate(zip(tape.paths, douts, strict=True)):
+            dx, _, _ = self._backward(layers, tape.v, dout, None, need_dx, p)
+            total = dx if total is None or dx is None else total + dx
+        self._paths = len(tape.paths)
+        return total
+
+    def read_gradients(self) -> list[tuple[int, int, int, Tensor]]:
+        found: dict[tuple[int, int, int], Tensor] = {}
+        chosen = self._choices[: self._paths].tolist()
+        for p, row in enumerate(chosen):
+            for index, candidate in enumerate(row):
+                for role, grad in enumerate(self._gradient_views(p, index, candidate)):
+                    key = (index, candidate, role)
+                    found[key] = found[key] + grad if key in found else grad.clone()
+        return [(*key, found[key]) for key in sorted(found)]
+
+    def forward_mixture(
+        self, x: Tensor, u: Tensor, v: Tensor | None, with_tape: bool
+    ) -> tuple[Tensor, _MixtureTape | None]:
+        x, depth = self._check(x, v)
+        shape = (len(self.layers), self.spec.max_candidates)
+        if u.shape != shape:
+            raise ValueError(f"u must be [L, C] = {list(shape)}, not {list(u.shape)}")
+        weights = u.detach().to(self._weight_dtype)
+        rows = [weights[i, : len(layer.candidates)].contiguous() for i, layer in enumerate(self.spec.layers)]
+        out, layers = self._forward(x, depth, None, rows)
+        return out, _MixtureTape(layers, u.detach(), depth) if with_tape else None
+
+    def backward_mixture(
+        self, tape: _MixtureTape, dout: Tensor, need_dx: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        weights = tape.u.to(self._weight_dtype)
+        rows = [weights[i, : len(layer.candidates)].contiguous() for i, layer in enumerate(self.spec.layers)]
+        dx, du_rows, dv = self._backward(tape.layers, tape.v, dout, rows, need_dx, None)
+        du = torch.zeros_like(tape.u)
+        for i, row in enumerate(du_rows):
+            du[i, : row.numel()] = row
+        return dx, du, dv
+
+    @torch.no_grad()
+    def clip_and_sgd_(
+        self,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        max_norm: float,
+        dense: list[tuple[Tensor, Tensor, Tensor]],
+    ) -> Tensor:
+        if not self._paths:
+            raise RuntimeError("clip_and_sgd_ needs the gradients of a backward_paths since the last call")
+        segments = self._segments[self._paths]
+        like = self.layers[0].weights()[0]
+        squared = torch.ops.tfnas._segments_norm(segments, like)
+        params, grads, buffers = ([row[i] for row in dense] for i in range(3))
+        if dense:
+            squared = squared + torch.stack(torch._foreach_norm(grads)).to(squared.dtype).square().sum()
+        norm = squared.sqrt()
+        coefficient = (max_norm / (norm + 1e-6)).clamp(max=1)
+        torch.ops.tfnas._segments_sgd(segments, coefficient, lr, momentum, weight_decay)
+        if dense:
+            grads = list(torch._foreach_mul(grads, coefficient))
+            torch._foreach_add_(grads, params, alpha=weight_decay)
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, grads)
+            torch._foreach_add_(params, buffers, alpha=-lr)
+        self._paths = 0
+        return norm
+
+    @torch.no_grad()
+    def reset_momentum_(self) -> None:
+        for layer in self.layers:
+            for buffer in layer.momenta():
+                buffer.zero_()
+
+    def _check(self, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        if x.dim() != 4 or x.shape[1] != self.spec.layers[0].in_channels:
+            raise ValueError(f"x must be [N, {self.spec.layers[0].in_channels}, H, W], not {list(x.shape)}")
+        shape = self.spec.depth_weights_shape
+        if v is None or tuple(v.shape) != shape:
+            raise ValueError(f"v must be {list(shape or ())}, not {None if v is None else list(v.shape)}")
+        if self._prepared_for != x.device:
+            self._prepare(x.device)
+        # A tensor of one channel or one pixel counts as channels_last whatever its strides: copy where they are odd.
+        x = x.detach().contiguous(memory_format=torch.channels_last)
+        return x, v.detach().to(x.dtype)
+
+    def _prepare(self, device: torch.device) -> None:
+        """Tables, gradient buffers and their addresses for the present widths: once per epoch."""
+        self._weight_dtype = self.layers[0].weights()[0].dtype
+        self._choices = torch.zeros(2, len(self.layers), dtype=torch.int32, device=device)
+        last = [len(layer.candidates) - 1 for layer in self.spec.layers]
+        self._last_candidate = torch.tensor(last, device=device)
+        self._tables = [self._table(i) for i in range(len(self.layers))]
+        self._device_tables = [torch.ops.tfnas._layer_table(table, device) for table in self._tables]
+        self._gradients = [[self._gradient_buffers(i) for i in range(len(self.layers))] for _ in range(2)]
+        self._segments = {paths: self._segment_rows(paths).to(device) for paths in (1, 2)}
+        self._prepared_for = device
+
+    def _table(self, index: int) -> Tensor:
+        layer = self.layers[index]
+        rows = [
+            [c.kernel_size, at.mid, at.depthwise, width, c.se_channels, *at[2:]]
+            for c, at, width in zip(layer.spec.candidates, layer.offsets, self._widths[index], strict=True)
+        ]
+        return torch.tensor(rows)
+
+    def _sizes(self, index: int) -> tuple[int, int]:
+        """Length of the per-channel vectors of a path, and taps of the largest kernel, as `LayerSizes` counts them."""
+        active = max((width + 7) // 8 * 8 for width in self._widths[index])
+        return active, max(c.kernel_size for c in self.spec.layers[index].candidates) ** 2
+
+    def _gradient_buffers(self, index: int) -> list[Tensor]:
+        layer = self.layers[index]
+        active, taps = self._sizes(index)
+        sizes = [active * layer.spec.in_channels, active * taps, active * layer.spec.out_channels]
+        sizes += [weight.numel() for weight in layer.weights()[3:]]
+        like = layer.weights()[0]
+        return [torch.zeros(size, dtype=like.dtype, device=like.device) for size in sizes]
+
+    def _gradient_views(self, path: int, index: int, candidate: int) -> list[Tensor]:
+        layer, width = self.layers[index], self._widths[index][candidate]
+        spec, at = layer.spec.candidates[candidate], layer.offsets[candidate]
+        _, taps = self._sizes(index)
+        k, se = spec.kernel_size, spec.se_channels
+        expand, depthwise, project, reduce, reduce_bias, excite, excite_bias = self._gradients[path][index]
+        views = [
+            expand.view(-1, layer.spec.in_channels)[:width],
+            depthwise.view(-1, taps)[:width, : k * k].reshape(width, k, k),
+            project.view(-1, layer.spec.out_channels)[:width],
+        ]
+        if se:
+            views += [
+                reduce[at.se_weight : at.se_weight + width * se].view(width, se),
+                reduce_bias[at.se_reduce_bias : at.se_reduce_bias + se],
+                excite[at.se_weight : at.se_weight + width * se].view(width, se),
+                excite_bias[at.se_expand_bias : at.se_expand_bias + width],
+            ]
+        return views
+
+    def _segment_rows(self, paths: int) -> Tensor:
+        """The `Segment` structures of csrc/kernels/sgd.h as int64 rows: addresses, role and columns, size."""
+        rows = []
+        for index, layer in enumerate(self.layers):
+            _, taps = self._sizes(index)
+            columns = (layer.spec.in_channels, taps, layer.spec.out_channels, 1, 1, 1, 1)
+            choices = [self._choices[p, index].data_ptr() if p < paths else 0 for p in range(2)]
+            for role, (weight, buffer) in enumerate(zip(layer.weights(), layer.momenta(), strict=True)):
+                grads = [self._gradients[p][index][role] for p in range(2)]
+                addresses = [grad.data_ptr() if p < paths else 0 for p, grad in enumerate(grads)]
+                table = self._device_tables[index].data_ptr()
+                kind = _SEGMENT_ROLES[role] | columns[role] << 32
+                if weight.numel():
+                    row = [weight.data_ptr(), buffer.data_ptr(), *addresses, *choices, table, kind, grads[0].numel()]
+                    rows.append(row)
+        return torch.tensor(rows)
+
+    def _arguments(self, index: int, choice: Tensor | None, u: Tensor | None) -> tuple[object, ...]:
+        layer = self.layers[index]
+        math = "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        weights = [weight.detach() for weight in layer.weights()]
+        spec = layer.spec
+        table, device_table = self._tables[index], self._device_tables[index]
+        return (
+            *(weights, table, device_table, choice, u),
+            *(spec.stride, spec.act, spec.residual, self.spec.eps, math),
+        )
+
+    def _forward(
+        self, x: Tensor, v: Tensor, choices: list[Tensor] | None, u: list[Tensor] | None
+    ) -> tuple[Tensor, list[_LayerTape]]:
+        tape: list[_LayerTape] = []
+        for s, stage in enumerate(self.spec.stages):
+            first = len(tape)
+            for _ in stage:
+                index = len(tape)
+                arguments = self._arguments(index, choices[index] if choices else None, u[index] if u else None)
+                out, saved = torch.ops.tfnas._layer_forward(x, *arguments)
+                tape.append(_LayerTape(x, saved, out))
+                x = out
+            x = v[s, 0] * tape[first].out
+            for depth in range(1, len(stage)):
+                x = torch.addcmul(x, tape[first + depth].out, v[s, depth])
+        return x, tape
+
+    def _backward(
+        self, tape: list[_LayerTape], v: Tensor, dout: Tensor, u: list[Tensor] | None, need_dx: bool, path: int | None
+    ) -> tuple[Tensor | None, list[Tensor], Tensor]:
+        """dx, du of each layer (mixture), dv (mixture). Weight gradients of `path` go to its buffers."""
+        du: list[Tensor] = [torch.empty(0)] * len(tape)
+        dv = torch.zeros_like(v)
+        dx: Tensor | None = None
+        index = len(tape)
+        for s in reversed(range(len(self.spec.stages))):
+            dsink = (dout if dx is None else dx).contiguous(memory_format=torch.channels_last)
+            dx = None
+            for depth in reversed(range(len(self.spec.stages[s]))):
+                index -= 1
+                layer = tape[index]
+                if u is not None:
+                    dv[s, depth] = (dsink * layer.out).sum()
+                grad = dsink * v[s, depth] if dx is None else torch.addcmul(dx, dsink, v[s, depth])
+                choice = None if path is None else self._choices[path, index : index + 1]
+                arguments = self._arguments(index, choice, None if u is None else u[index])
+                wanted = need_dx or index > 0
+                buffers = [] if path is None else self._gradients[path][index]
+                dx, du[index] = torch.ops.tfnas._layer_backward(layer.x, grad, layer.saved, *arguments, wanted, buffers)
+        return (dx if need_dx else None), du, dv
+
+
+def refusal(spec: BodySpec, layers: Sequence[PackedLayer]) -> str | None:
+    """Why the CUDA kernels cannot run this body, or None."""
+    device = layers[0].weights()[0].device
+    if device.type != "cuda":
+        return f"the weights are on {device}, not on a CUDA device"
+    operator = "tfnas::_layer_forward"
+    if not hasattr(torch.ops.tfnas, "_layer_forward") or not torch._C._dispatch_has_kernel_for_dispatch_key(
+        operator, "CUDA"
+    ):
+        return "this build has no CUDA kernels (`tfnas info` says why)"
+    return shape_refusal(spec)
+
+
+def shape_refusal(spec: BodySpec) -> str | None:
+    """What no device changes: the depth space, kernel sizes and numbers of candidates that the kernels know."""
+    if spec.depth_space != "sink":
+        return f"the CUDA kernels run depth_space 'sink', not {spec.depth_space!r}"
+    for index, layer in enumerate(spec.layers):
+        if len(layer.candidates) > 16:
+            return f"layer {index} has {len(layer.candidates)} candidates, the CUDA kernels take up to 16"
+        sizes = {candidate.kernel_size for candidate in layer.candidates} - {3, 5, 7}
+        if sizes:
+            return f"layer {index} has kernel sizes {sorted(sizes)}, the CUDA kernels know 3, 5 and 7"
+        if layer.in_channels > 320:
+            return f"layer {index} has {layer.in_channels} input channels, the CUDA kernels take up to 320"
+    return None
