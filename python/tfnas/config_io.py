@@ -67,7 +67,8 @@ class ConfigKind(Generic[C]):
         """A configuration from command-line arguments; without `--config` they override the default one.
 
         With `--resume` and no `--config`, the configuration stored in the `--output` folder is what they override.
-        `preset` are values of keys between the configuration file's and the arguments'.
+        `preset` are values of keys that come after those of the configuration and before the arguments; a stored
+        configuration already has them.
         """
         parser = self.parser()
         resolved = self._resolve(self._complete_switches(arguments), preset or {})
@@ -131,9 +132,12 @@ class ConfigKind(Generic[C]):
                 files.append(f"--config={path}")
             else:
                 others.append(argument)
+        stored = None if files else _stored_config(arguments)
+        if stored is not None:
+            return [f"--config={stored}", *others]
         if not files and not {"-h", "--help"} & set(arguments):
-            files = [f"--config={_stored_config(arguments) or self.folder / f'{self.default}.yaml'}"]
-        values = [f"--{key}={json.dumps(value)}" for key, value in preset.items()]
+            files = [f"--config={self.folder / f'{self.default}.yaml'}"]
+        values = [f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in preset.items()]
         return [*files, *values, *others]
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and termination as a request that the search answers between two steps."""
+"""Ctrl-C and termination as a request that a search or a training answers between two steps."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class SearchInterrupted(KeyboardInterrupt):
-    """The search stopped on request, after a checkpoint; `signal_number` says by which signal."""
+class RunInterrupted(KeyboardInterrupt):
+    """A run stopped on request, after a checkpoint; `signal_number` says by which signal."""
 
     def __init__(self, signal_number: int, text: str) -> None:
         super().__init__(text)
         self.signal_number = signal_number
+
+
+class SearchInterrupted(RunInterrupted):
+    """A search stopped on request."""
+
+
+class TrainingInterrupted(RunInterrupted):
+    """A training stopped on request."""
 
 
 class StopRequest:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,7 +22,7 @@ from tfnas.architecture import (
 )
 from tfnas.bilevel import BilevelSearch
 from tfnas.checkpoint import has_checkpoint, load_checkpoint
-from tfnas.config import ConfigError, SearchConfig
+from tfnas.config import ConfigError, DatasetConfig, SearchConfig
 from tfnas.data import DataBundle, DataOptions, build_data
 from tfnas.derive import Derivation, derive, derive_within_target, kept_layers
 from tfnas.latency.lut import LatencyTable
@@ -126,7 +126,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def data_options(config: SearchConfig, space: Space, device: torch.device) -> DataOptions:
+class HasData(Protocol):
+    """The keys of a configuration that say which images are read."""
+
+    data: str
+    dataset: DatasetConfig
+    batch_size: int
+
+
+def data_options(config: HasData, space: Space, device: torch.device) -> DataOptions:
     """The data layer's options: images as the space takes them."""
     values = dataclasses.asdict(config.dataset)
     if config.data == "fake" and isinstance(config.dataset.classes, int):

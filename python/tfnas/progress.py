@@ -1,8 +1,10 @@
-"""What a running search tells: callbacks, a live display on a terminal, plain lines elsewhere."""
+"""What a running search or training tells: callbacks, a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -12,7 +14,7 @@ Record = dict[str, Any]
 
 
 class Callback:
-    """Receives a search's records; override what you need.
+    """Receives the records of a search or a training; override what you need.
 
     Records are plain dicts, the same as the lines of `metrics.jsonl`: `on_start` gets the run's facts (`kind`
     "start"), `on_step` one record every `log.every_steps` weight steps ("step"), `on_epoch` one per epoch ("epoch"),
@@ -42,27 +44,42 @@ class Callback:
         """The search has ended, by whatever cause."""
 
 
+@dataclass(frozen=True)
+class Wording:
+    """How records are put into lines: by `SEARCHING` those of a search, by `train.TRAINING` those of a training."""
+
+    task: str
+    start: Callable[[Record], list[str]]
+    epoch: Callable[[Record], str]
+    end: Callable[[Record], list[str]]
+    figures: Callable[[Record], str]
+
+    def step(self, record: Record) -> str:
+        return f"{epoch_of(record)} step {record['step']}  {self.figures(record)}"
+
+
 class PlainProgress(Callback):
     """One line per record: for logs, pipes and batch jobs."""
 
-    def __init__(self, file: TextIO | None = None) -> None:
+    def __init__(self, file: TextIO | None = None, wording: Wording | None = None) -> None:
         self._file = file
+        self._wording = wording or SEARCHING
 
     def _print(self, text: str) -> None:
         print(text, file=self._file or sys.stdout, flush=True)
 
     def on_start(self, record: Record) -> None:
-        for line in start_lines(record):
+        for line in self._wording.start(record):
             self._print(line)
 
     def on_step(self, record: Record) -> None:
-        self._print(step_line(record))
+        self._print(self._wording.step(record))
 
     def on_epoch(self, record: Record) -> None:
-        self._print(epoch_line(record))
+        self._print(self._wording.epoch(record))
 
     def on_end(self, record: Record) -> None:
-        for line in end_lines(record):
+        for line in self._wording.end(record):
             self._print(line)
 
     def on_message(self, text: str) -> None:
@@ -72,8 +89,9 @@ class PlainProgress(Callback):
 class LiveProgress(Callback):
     """A bar with the current figures below the finished epochs' lines."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, wording: Wording | None = None) -> None:
         self._console = console or Console()
+        self._wording = wording or SEARCHING
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -85,26 +103,29 @@ class LiveProgress(Callback):
         self._task: TaskID | None = None
 
     def on_start(self, record: Record) -> None:
-        for line in start_lines(record):
+        for line in self._wording.start(record):
             self._console.print(line, highlight=False)
         total = record["epochs"] * record["steps_per_epoch"]
-        self._task = self._progress.add_task("searching", total=total, completed=record["step"], figures="")
+        self._task = self._progress.add_task(self._wording.task, total=total, completed=record["step"], figures="")
         self._progress.start()
 
     def on_step(self, record: Record) -> None:
         if self._task is not None:
             self._progress.update(
-                self._task, completed=record["step"], description=_epoch_of(record), figures=_figures(record)
+                self._task,
+                completed=record["step"],
+                description=epoch_of(record),
+                figures=self._wording.figures(record),
             )
 
     def on_epoch(self, record: Record) -> None:
-        self._console.print(epoch_line(record), highlight=False)
+        self._console.print(self._wording.epoch(record), highlight=False)
         if self._task is not None:
             self._progress.update(self._task, completed=record["step"])
 
     def on_end(self, record: Record) -> None:
         self.close()
-        for line in end_lines(record):
+        for line in self._wording.end(record):
             self._console.print(line, highlight=False)
 
     def on_message(self, text: str) -> None:
@@ -114,9 +135,9 @@ class LiveProgress(Callback):
         self._progress.stop()
 
 
-def default_progress() -> Callback:
+def default_progress(wording: Wording | None = None) -> Callback:
     """`LiveProgress` where standard output is a terminal, `PlainProgress` elsewhere."""
-    return LiveProgress() if sys.stdout.isatty() else PlainProgress()
+    return LiveProgress(wording=wording) if sys.stdout.isatty() else PlainProgress(wording=wording)
 
 
 def start_lines(record: Record) -> list[str]:
@@ -135,15 +156,11 @@ def start_lines(record: Record) -> list[str]:
     ]
 
 
-def step_line(record: Record) -> str:
-    return f"{_epoch_of(record)} step {record['step']}  {_figures(record)}"
-
-
 def epoch_line(record: Record) -> str:
     """One epoch in one line, latencies against the target."""
     held_out = record["held_out_accuracy"]
     parts = [
-        f"{_epoch_of(record)} done",
+        f"{epoch_of(record)} done",
         f"loss {record['loss']:.3f}",
         f"accuracy {100 * record['accuracy']:.1f} %",
         f"held-out {100 * held_out:.1f} %" if held_out is not None else "",
@@ -183,7 +200,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def _epoch_of(record: Record) -> str:
+def epoch_of(record: Record) -> str:
+    """`epoch 3/90`, counted from 1."""
     return f"epoch {record['epoch'] + 1}/{record['epochs']}"
 
 
@@ -194,3 +212,6 @@ def _figures(record: Record) -> str:
         f"of {record['target_latency_ms']:.4g} ms  "
         f"{record['images_per_s']:.0f} images/s  {duration(record['time_left_s'])} left"
     )
+
+
+SEARCHING = Wording("searching", start_lines, epoch_line, end_lines, _figures)

@@ -29,3 +29,11 @@ def temperature(config: SearchConfig, epoch: int) -> float:
         return sampling.tau * sampling.tau_decay**passed
     last = max(1, config.epochs - 1 - config.warmup_epochs)
     return sampling.tau + (sampling.tau_final - sampling.tau) * passed / last
+
+
+def warmup_cosine(step: int, total_steps: int, warmup_steps: int, lr: float, final_lr: float) -> float:
+    """Learning rate of `step` (from 0): linear to `lr` over `warmup_steps`, then a cosine to `final_lr`."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    passed = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return final_lr + 0.5 * (lr - final_lr) * (1 + math.cos(math.pi * passed))

@@ -1,7 +1,7 @@
 """The `tfnas` command: one module per subcommand, loaded when it is called.
 
-Exit codes: 0 done; 1 the search failed (loss not finite, not enough memory); 2 bad input or a target out of reach;
-3 the derived network misses the target (only with `--derive paper`), or a `--strict` check does not hold;
+Exit codes: 0 done; 1 the search or training failed (loss not finite, not enough memory); 2 bad input or a target out
+of reach; 3 the derived network misses the target (only with `--derive paper`), or a `--strict` check does not hold;
 130 interrupted (Ctrl-C) and 143 terminated, after a checkpoint. Anything else is a bug and shows a traceback.
 """
 
@@ -20,6 +20,7 @@ from tfnas.cli.functions import run_function
 
 COMMANDS = {
     "search": "search a network that meets a latency target (also `tfnas-search`)",
+    "train": "train the network of an architecture file or of a search",
     "scale": "fit an architecture's widths to a latency target by a table",
     "lut": "measure, check, show, compare and convert latency tables",
     "info": "versions, devices and backends; facts about an architecture file",
@@ -31,8 +32,8 @@ Search for a network that meets a latency target (TF-NAS, ECCV 2020).
 commands:
 {commands}
 
-exit codes: 0 done, 1 search failed, 2 bad input or impossible target, 3 target missed (--derive paper) or a --strict
-check not held, 130 interrupted, 143 terminated
+exit codes: 0 done, 1 search or training failed, 2 bad input or impossible target, 3 target missed (--derive
+paper) or a --strict check not held, 130 interrupted, 143 terminated
 """
 
 

@@ -1,0 +1,181 @@
+"""`train(config)`: a derived network from scratch, resumable at any step, best and last weights kept.
+
+The folder of a training: `config.yaml`, `architecture.json`, `metrics.jsonl`, `checkpoint.pt` (all that the rest of
+the training depends on), `best.safetensors` and `last.safetensors` (weights to use).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tfnas.architecture import Architecture, count_multiply_adds, count_parameters, load_architecture, save_architecture
+from tfnas.checkpoint import has_checkpoint, load_checkpoint
+from tfnas.config import ConfigError
+from tfnas.data import DataBundle, build_data
+from tfnas.evaluate import Accuracy, evaluate_network
+from tfnas.network import Network, build_network
+from tfnas.pipeline import choose_device, data_options
+from tfnas.progress import Callback, Record, default_progress
+from tfnas.run import ARCHITECTURE_FILE, METRICS_FILE, MetricsFile, RunFolder
+from tfnas.train_config import TRAIN, TrainConfig
+from tfnas.train_loop import BEST_FILE, TrainLoop
+from tfnas.train_progress import TRAINING
+from tfnas.versions import software_versions
+from tfnas.weights import network_with
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training ends with: the best epoch (from 0), its validation accuracy, and the best weights' test accuracy.
+
+    `best_accuracy` is None with `validation` `none`, `test` where the data has no test images. `network` has the best
+    weights, in evaluation mode, on the training's device.
+    """
+
+    folder: Path
+    network: Network
+    best_epoch: int
+    best_accuracy: float | None
+    test: Accuracy | None
+
+
+def train(config: TrainConfig, callbacks: Sequence[Callback] | None = None) -> TrainResult:
+    """Train or resume the training of one network.
+
+    The classifier gets as many outputs as the data has classes, whatever the architecture file says.
+
+    Args:
+        config: What to train, on what and how; see `TrainConfig`.
+        callbacks: Who is told; None shows progress on standard output.
+
+    Raises:
+        ConfigError (a ValueError): a configuration that cannot be used.
+        ValueError, OSError: data, architecture or checkpoint that cannot be used; the message says which and why.
+        TrainingInterrupted (a KeyboardInterrupt): stopped by a signal, after a checkpoint.
+        TrainingFailed: a loss that is not finite, or not enough memory.
+
+    On a CPU the result repeats bit for bit with the same configuration and number of threads, interrupted or not.
+    """
+    callbacks = [default_progress(TRAINING)] if callbacks is None else list(callbacks)
+    start_s = time.monotonic()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    given, facts = load_architecture(config.architecture)
+    with ExitStack() as stack:
+        for callback in callbacks:
+            stack.callback(callback.close)
+        folder = stack.enter_context(RunFolder.open(config, TRAIN, f"train-{Path(config.architecture).stem}"))
+        config = dataclasses.replace(config, output=str(folder.path))
+        state = _stored_state(config, folder.path, device, callbacks)
+        data = _data(config, given, device)
+        arch = _with_classes(given, data, callbacks)
+        save_architecture(folder.path / ARCHITECTURE_FILE, arch, **facts)
+        metrics = MetricsFile(folder.path / METRICS_FILE, state["metrics_bytes"] if state else 0)
+        stack.callback(metrics.close)
+        loop = TrainLoop(config, make_network(config, arch, device), data, folder.path, metrics, callbacks, state)
+        start = _start_record(config, loop, data, device)
+        if state is None:
+            metrics.append(start)
+        for callback in callbacks:
+            callback.on_start(start)
+        loop.run()
+        network = network_with(arch, folder.path / BEST_FILE).to(device).to(memory_format=torch.channels_last)
+        test = evaluate_network(network, data.test.epoch(0), config.precision) if data.test is not None else None
+        end: Record = {
+            "kind": "end",
+            "best_epoch": loop.best_epoch,
+            "best_accuracy": loop.best_accuracy,
+            "test": dataclasses.asdict(test) if test is not None else None,
+            "selected_by": config.validation,
+            "weights_file": str(folder.path / BEST_FILE),
+            "seconds": time.monotonic() - start_s,
+        }
+        metrics.append(end)
+        for callback in callbacks:
+            callback.on_end(end)
+    return TrainResult(folder.path, network, loop.best_epoch, loop.best_accuracy, test)
+
+
+def make_network(config: TrainConfig, arch: Architecture, device: torch.device) -> Network:
+    """The network with weights drawn by the seed; torch's global generator stays as it was."""
+    rates = config.regularization
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = build_network(arch, dropout=rates.dropout, drop_connect=rates.drop_connect)
+    return network.to(device).to(memory_format=torch.channels_last)
+
+
+def _data(config: TrainConfig, arch: Architecture, device: torch.device) -> DataBundle:
+    space = dataclasses.replace(arch.space, resolution=config.resolution or arch.space.resolution)
+    data = build_data(data_options(config, space, device), config.seed)
+    if config.validation == "test" and data.test is None:
+        raise ConfigError(
+            f"validation: test asked for, but {config.data} has no test images; name some by dataset.test_source, or "
+            "take held_out or none"
+        )
+    if config.validation == "held_out" and not data.held_out.num_images:
+        raise ConfigError(
+            f"validation: dataset.held_out_fraction {config.dataset.held_out_fraction} of {config.data} holds out no "
+            "image; raise it, or take test or none"
+        )
+    return data
+
+
+def _with_classes(arch: Architecture, data: DataBundle, callbacks: Sequence[Callback]) -> Architecture:
+    if arch.space.num_classes == data.num_classes:
+        return arch
+    for callback in callbacks:
+        callback.on_message(
+            f"the architecture's classifier has {arch.space.num_classes} classes, the data {data.num_classes}: trained "
+            f"with {data.num_classes}"
+        )
+    return Architecture(dataclasses.replace(arch.space, num_classes=data.num_classes), arch.stages)
+
+
+def _stored_state(
+    config: TrainConfig, folder: Path, device: torch.device, callbacks: Sequence[Callback]
+) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if `resume` is on and there is one; its number of threads is taken over."""
+    if not config.resume or not has_checkpoint(folder):
+        return None
+    state, remarks = load_checkpoint(folder, device)
+    for callback in callbacks:
+        for remark in remarks:
+            callback.on_message(f"warning: {remark}; going on from the checkpoint before")
+    if config.threads is None:
+        torch.set_num_threads(state["threads"])
+    return state
+
+
+def _start_record(config: TrainConfig, loop: TrainLoop, data: DataBundle, device: torch.device) -> Record:
+    arch = loop.network.architecture
+    return {
+        "kind": "start",
+        "output": config.output,
+        "architecture": config.architecture,
+        "data": config.data,
+        "train_images": loop.data.num_images,
+        "validation": config.validation,
+        "validation_images": loop.validation.num_images if loop.validation is not None else 0,
+        "num_classes": data.num_classes,
+        "multiply_adds": count_multiply_adds(arch),
+        "parameters": count_parameters(arch),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "precision": config.precision,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "steps_per_epoch": loop.steps_per_epoch,
+        "images_per_step": config.batch_size * config.accumulation_steps,
+        "step": loop.step,
+        "versions": software_versions(),
+    }

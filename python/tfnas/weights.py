@@ -1,0 +1,67 @@
+"""Weights of derived networks as safetensors files, and networks from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tfnas.architecture import Architecture
+from tfnas.fields import suggestion
+from tfnas.files import write_bytes_atomically
+from tfnas.network import Network, build_network
+
+
+def save_weights(
+    path: str | os.PathLike[str], state: Mapping[str, Tensor], facts: Mapping[str, str] | None = None
+) -> None:
+    """Write a state dict as safetensors, atomically, contiguous and on no device; `facts` go into the header."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    write_bytes_atomically(path, save(tensors, {"format": "pt", **(facts or {})}))
+
+
+def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and facts of a safetensors file. Raises `FileNotFoundError`, or `ValueError` for a damaged file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights {path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"weights {path}: not a safetensors file, or truncated ({error})") from None
+
+
+def network_with(arch: Architecture, path: str | os.PathLike[str]) -> Network:
+    """The network of `arch` in evaluation mode with the weights of a safetensors file.
+
+    Raises `ValueError` naming the first weight that is missing, of another shape, or that nothing asks for.
+    """
+    weights, _ = read_weights(path)
+    # without storage: no time and no random numbers go into weights that are about to be replaced
+    with torch.device("meta"):
+        network = build_network(arch)
+    wanted = network.state_dict()
+    for name, value in wanted.items():
+        if name not in weights:
+            raise ValueError(f"weights {path}: {name} is missing{suggestion(name, weights)}; another architecture?")
+        if weights[name].shape != value.shape:
+            raise ValueError(
+                f"weights {path}: {name} has shape {tuple(weights[name].shape)}, this architecture needs "
+                f"{tuple(value.shape)}"
+            )
+    if extra := [name for name in weights if name not in wanted]:
+        raise ValueError(f"weights {path}: {extra[0]} belongs to no layer of this architecture")
+    network.load_state_dict(weights, assign=True)
+    return network.eval()
+
+
+def fresh_network(arch: Architecture, seed: int) -> Network:
+    """The network of `arch` in evaluation mode with weights drawn by `seed`; torch's generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_network(arch).eval()
