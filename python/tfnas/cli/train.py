@@ -11,8 +11,8 @@ from tfnas.config import ConfigError
 from tfnas.config_io import SEARCH, config_to_dict
 from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE
 from tfnas.train_config import TRAIN, TrainConfig
+from tfnas.trained import TRAINING_FOLDER
 
-TRAINING_FOLDER = "training"
 _HELP = """
   --run DIR             train what the search in DIR found: its architecture and its images, into DIR/training
 """

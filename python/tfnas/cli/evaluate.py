@@ -1,0 +1,105 @@
+"""`tfnas evaluate`: accuracy of a trained network on the test images, its latency measured against the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_format
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tfnas.architecture import load_architecture
+from tfnas.cli.codes import OK
+from tfnas.data import build_data
+from tfnas.evaluate import evaluate_network
+from tfnas.latency.lut_io import load_table
+from tfnas.pipeline import choose_device, data_options
+from tfnas.target import measured_latency_ms
+from tfnas.train_config import TrainConfig
+from tfnas.trained import find_in_run
+from tfnas.weights import network_with
+
+
+def evaluate(
+    run: Path,
+    weights: str = "best",
+    data: str | None = None,
+    lut: Path | None = None,
+    measure: bool = True,
+    device: str = "auto",
+    threads: int | None = None,
+    json: bool = False,
+) -> int:
+    """Accuracy of a trained network on the test images, its latency measured against the table.
+
+    Args:
+        run: Folder of a training, or of a search whose network has been trained there.
+        weights: `best` or `last`.
+        data: Images, where not those of the training.
+        lut: Latency table; null takes the search's.
+        measure: Measure the latency too, where the table is of this machine.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`; of the accuracy, not of the latency.
+        threads: CPU threads; null takes PyTorch's choice.
+        json: Print one JSON object.
+
+    Returns:
+        The exit code.
+    """
+    found = find_in_run(run, weights)
+    if found.training is None or found.weights is None:
+        raise ValueError(f"run {run} has no {weights} weights; train it by `tfnas train --run {run}`")
+    config = found.training if data is None else dataclasses.replace(found.training, data=data)
+    facts: dict[str, Any] = {"run": str(run), "weights": str(found.weights), "data": config.data}
+    facts |= _accuracy(config, found.weights, found.weights.parent, device, threads)
+    table = lut or found.table
+    if table is not None:
+        latency_table = load_table(table)
+        facts["lut_latency_ms"] = latency_table.architecture_ms(found.architecture)
+        measured, reason = (
+            measured_latency_ms(found.architecture, latency_table) if measure else (None, "not asked for")
+        )
+        facts["measured_latency_ms"] = measured
+        if reason is not None:
+            facts["not_measured_because"] = reason
+    if json:
+        print(json_format.dumps(facts, indent=1))
+    else:
+        print("\n".join(_lines(facts)))
+    return OK
+
+
+def _accuracy(
+    config: TrainConfig, weights: Path, folder: Path, device_name: str, threads: int | None
+) -> dict[str, Any]:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = choose_device(device_name)
+    arch, _ = load_architecture(folder / "architecture.json")
+    space = dataclasses.replace(arch.space, resolution=config.resolution or arch.space.resolution)
+    images = build_data(data_options(config, space, device), config.seed)
+    if images.test is None:
+        raise ValueError(f"data {config.data} has no test images; name others by --data")
+    if images.num_classes != arch.space.num_classes:
+        raise ValueError(
+            f"data {config.data} has {images.num_classes} classes, the trained network {arch.space.num_classes}"
+        )
+    network = network_with(arch, weights).to(device).to(memory_format=torch.channels_last)
+    result = evaluate_network(network, images.test.epoch(0), config.precision)
+    return {"selected_by": config.validation, **dataclasses.asdict(result)}
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    top5 = f", top-5 {100 * facts['top5']:.2f} %" if facts["top5"] is not None else ""
+    remark = " (the weights were chosen by these same images)" if facts["selected_by"] == "test" else ""
+    lines = [
+        f"{facts['weights']} on {facts['images']} test images of {facts['data']}",
+        f"top-1 {100 * facts['top1']:.2f} %{top5}, loss {facts['loss']:.4f}{remark}",
+    ]
+    if "lut_latency_ms" in facts:
+        by_table, measured = facts["lut_latency_ms"], facts["measured_latency_ms"]
+        against = f"not measured: {facts.get('not_measured_because')}"
+        if measured is not None:
+            against = f"measured {measured:.4f} ms ({100 * (measured / by_table - 1):+.1f} %)"
+        lines.append(f"latency {by_table:.4f} ms by the table, {against}")
+    return lines

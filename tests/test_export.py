@@ -1,0 +1,144 @@
+"""Export and evaluation from the command line: what is written computes the same network elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tfnas.export
+import torch
+from latency_tables import synthetic_table
+from tfnas.architecture import load_architecture
+from tfnas.cli import run_command
+from tfnas.export import ExportMismatch, export_onnx, export_timm
+from tfnas.latency.lut_io import save_table
+from tfnas.published_config import load_published_config
+from tfnas.train import train
+from tfnas.weights import fresh_network, network_with, read_weights
+from train_cases import tiny_architecture, train_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search's folder, as far as it matters here, with a training of one epoch in it."""
+    folder = tmp_path_factory.mktemp("search")
+    config = train_config(folder, epochs=1, output=str(folder / "training"), dataset__fake_images_per_class=14)
+    save_table(folder / "lut.json", synthetic_table(load_architecture(config.architecture)[0].space))
+    train(config, [])
+    return folder
+
+
+def _run(*arguments: Any) -> int:
+    return run_command("export", [str(argument) for argument in arguments])
+
+
+def test_state_dict(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    assert _run("--format", "state-dict", "--run", trained, "--output", file) == 0
+    arch, _ = load_architecture(trained / "training" / "architecture.json")
+    theirs, _ = read_weights(trained / "training" / "best.safetensors")
+    ours = network_with(arch, file).state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_onnx_gives_the_same_logits_at_any_batch(trained: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    file = tmp_path / "n.onnx"
+    assert _run("--format", "onnx", "--run", trained / "training", "--output", file) == 0
+    arch, _ = load_architecture(trained / "training" / "architecture.json")
+    network = network_with(arch, trained / "training" / "best.safetensors")
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 7):
+        images = torch.randn(batch, arch.space.image_channels, 8, 8, generator=torch.Generator().manual_seed(batch))
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        np.testing.assert_allclose(logits, network(images).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_timm_gives_the_same_logits(trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from tfnas.timm_export import to_timm
+
+    file = tmp_path / "t.safetensors"
+    assert _run("--format", "timm", "--run", trained, "--weights", "last", "--output", file) == 0
+    arch, _ = load_architecture(trained / "training" / "architecture.json")
+    network = network_with(arch, trained / "training" / "last.safetensors")
+    model = to_timm(fresh_network(arch, 3)).eval()
+    model.load_state_dict(read_weights(file)[0])
+    images = torch.randn(4, arch.space.image_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(images), network(images), rtol=1e-5, atol=1e-5)
+    described = json.loads(file.with_suffix(".json").read_text())
+    assert described["widths"] == [[op.width for op in ops] for ops in arch.stages]
+    assert [len(stage) for stage in described["arch_def"]] == [1, *map(len, arch.stages)]
+
+
+def test_published_config(tmp_path: Path) -> None:
+    assert _run("--format", "published-config", "--architecture", "tf-nas-a", "--output", tmp_path / "m.config") == 0
+    assert load_published_config(tmp_path / "m.config") == load_architecture("tf-nas-a")[0]
+
+
+def test_fresh_weights_follow_the_seed(trained: Path, tmp_path: Path) -> None:
+    names = {"a": 0, "b": 0, "c": 1}
+    for name, seed in names.items():
+        options = ("--weights", "fresh", "--seed", seed, "--output", tmp_path / name)
+        assert _run("--format", "state-dict", "--run", trained, *options) == 0
+    a, b, c = (read_weights(tmp_path / name)[0] for name in names)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["head.classifier.weight"], c["head.classifier.weight"])
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_timm])
+def test_a_mismatch_is_refused_and_nothing_written(
+    tmp_path: Path, export: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("timm")
+    monkeypatch.setattr(tfnas.export, "ONNX_TOLERANCE", -1.0)
+    monkeypatch.setattr(tfnas.export, "TIMM_TOLERANCE", -1.0)
+    with pytest.raises(ExportMismatch, match="other logits"):
+        export(tmp_path / "file", fresh_network(tiny_architecture(tmp_path), 0))
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--format", "onxx"], "onnx"),
+        (["--format", "onnx"], "--run"),
+        (["--format", "onnx", "--run", "nowhere"], "nowhere"),
+        (["--format", "onnx", "--architecture", "tf-nas-a"], "--weights"),
+        (["--format", "onnx", "--architecture", "tf-nas-a", "--weights", "nothing.safetensors"], "nothing.safetensors"),
+        (["--format", "onnx", "--architecture", "tf-nas-b", "--weights", "fresh"], "tf-nas-a"),
+    ],
+)
+def test_bad_input_exits_2(tmp_path: Path, arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(*arguments, "--output", tmp_path / "x") == 2
+    assert part in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_evaluate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = (trained / "training" / "metrics.jsonl").read_text().splitlines()
+    expected = json.loads(metrics[-1])["test"]
+    assert run_command("evaluate", ["--run", str(trained), "--json", "--threads", "1"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {key: facts[key] for key in expected} == expected
+    assert facts["lut_latency_ms"] > 1
+    assert facts["measured_latency_ms"] is None
+    assert "which device" in facts["not_measured_because"]
+    assert run_command("evaluate", ["--run", str(trained / "training")]) == 0
+    out = capsys.readouterr().out
+    assert f"top-1 {100 * expected['top1']:.2f} %" in out
+    assert "not measured" in out
+
+
+def test_evaluate_refuses(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(trained / "architecture.json", tmp_path)
+    assert run_command("evaluate", ["--run", str(tmp_path)]) == 2
+    assert "tfnas train --run" in capsys.readouterr().err
+    assert run_command("evaluate", ["--run", str(trained), "--weights", "bset"]) == 2
+    assert "best or last" in capsys.readouterr().err
