@@ -71,7 +71,7 @@ def test_overrides_reach_groups_and_keep_the_rest() -> None:
     ("arguments", "expected"),
     [
         (["--resume"], True),
-        (["--resume", "--epochs", "3"], True),
+        (["--resume", "--epochs", "30"], True),
         (["--resume", "false"], False),
         (["--resume=true"], True),
         ([], False),

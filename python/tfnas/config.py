@@ -206,7 +206,7 @@ class SearchConfig:
         output: Folder of the run; null makes `runs/<config>-<date>-<time>`.
         resume: Go on where the run in `output` stopped; begins it where there is nothing yet.
         seed: Decides weights, sampling, data order and augmentation.
-        engine: Supernet engine: `auto`, `reference` (plain PyTorch) or `native`.
+        engine: Supernet engine: `auto` (the fastest that runs here), `reference` (plain PyTorch), or another by name.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`.
         threads: CPU threads; null takes PyTorch's choice. Bit-exact repetition needs the same number.
         derive: What follows when the most probable network cannot meet the target at any width: `repair` takes the
@@ -237,7 +237,7 @@ class SearchConfig:
     output: str | None = None
     resume: bool = False
     seed: int = 0
-    engine: Literal["auto", "reference", "native"] = "auto"
+    engine: str = "auto"
     device: str = "auto"
     threads: int | None = None
     derive: Literal["repair", "paper"] = "repair"
