@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train the network of an architecture file or of a search",
     "evaluate": "accuracy on the test images, latency measured against the table",
     "export": "write a network for other programs: safetensors, ONNX, timm, published code",
+    "report": "a self-contained page about a search",
     "scale": "fit an architecture's widths to a latency target by a table",
     "lut": "measure, check, show, compare and convert latency tables",
     "info": "versions, devices and backends; facts about an architecture file",

@@ -26,7 +26,7 @@ def evaluate(
     weights: str = "best",
     data: str | None = None,
     lut: Path | None = None,
-    measure: bool = True,
+    skip_latency: bool = False,
     device: str = "auto",
     threads: int | None = None,
     json: bool = False,
@@ -38,7 +38,7 @@ def evaluate(
         weights: `best` or `last`.
         data: Images, where not those of the training.
         lut: Latency table; null takes the search's.
-        measure: Measure the latency too, where the table is of this machine.
+        skip_latency: Leave out measuring the latency, which is done where the table is of this machine.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`; of the accuracy, not of the latency.
         threads: CPU threads; null takes PyTorch's choice.
         json: Print one JSON object.
@@ -57,7 +57,7 @@ def evaluate(
         latency_table = load_table(table)
         facts["lut_latency_ms"] = latency_table.architecture_ms(found.architecture)
         measured, reason = (
-            measured_latency_ms(found.architecture, latency_table) if measure else (None, "not asked for")
+            (None, "not asked for") if skip_latency else measured_latency_ms(found.architecture, latency_table)
         )
         facts["measured_latency_ms"] = measured
         if reason is not None:
