@@ -144,7 +144,8 @@ def in_fresh_process(args: argparse.Namespace, step: str, table: Path, seed: int
         command += ["--seed", str(seed), "--json", str(answer)]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
         result: dict[str, Any] = json.loads(answer.read_text())
-    return result
+    # the mean number of running processes over the last minute: more than this one means an unquiet machine
+    return result | {"load_average": os.getloadavg()[0]}
 
 
 def run_all(args: argparse.Namespace) -> dict[str, Any]:

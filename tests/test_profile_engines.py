@@ -15,6 +15,8 @@ from tfnas.latency.engine_torch import TorchEngine, make_block
 from tfnas.network import build_head, build_network, build_stem
 from tfnas.space_io import load_space
 
+from tfnas_ext.backends import choose_backend
+
 SMALL = load_space("small")
 
 
@@ -101,6 +103,38 @@ def test_missing_onnxruntime_says_what_to_install(monkeypatch: pytest.MonkeyPatc
 def test_onnxruntime_refuses_conditions_not_its_own(bad: dict[str, str]) -> None:
     with pytest.raises(EngineUnavailable, match=next(iter(bad))):
         make_engine(SMALL, Conditions(engine="onnxruntime", **bad))
+
+
+def native_kernels() -> bool:
+    return hasattr(torch.ops.tfnas, "mbinvres_inference") and choose_backend("cpu") == "cpu"
+
+
+def test_fused_computes_the_same_network() -> None:
+    if not native_kernels():
+        pytest.skip("the native module is not there, or not chosen")
+    engine = make_engine(SMALL, Conditions(engine="fused", layout="channels_last", batch=2))
+    plain = TorchEngine(SMALL, Conditions(layout="channels_last", batch=2))
+    for layer in (SMALL.layers[0], SMALL.layers[1]):
+        for candidate in (0, 3, 7):
+            key = layer.key(candidate)
+            ours, theirs = engine.block(key, 50), plain.block(key, 50)
+            assert isinstance(ours, torch.nn.Module)
+            assert isinstance(theirs, torch.nn.Module)
+            ours.load_state_dict(theirs.state_dict())
+            x = torch.randn(2, key.in_channels, key.resolution, key.resolution)
+            x = x.contiguous(memory_format=torch.channels_last)
+            expected = run([theirs.double()], x.double())
+            assert float((run([ours], x) - expected).abs().max() / expected.abs().max()) < 1e-5, key
+    (arch,) = random_architectures(SMALL, 1, seed=3)
+    assert run(engine.network(arch), engine.input()).shape == (2, 10)
+
+
+def test_fused_refuses_what_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineUnavailable, match="layout"):
+        make_engine(SMALL, Conditions(engine="fused"))
+    monkeypatch.setenv("TFNAS_BACKEND", "reference")
+    with pytest.raises(EngineUnavailable, match="no native kernels"):
+        make_engine(SMALL, Conditions(engine="fused", layout="channels_last"))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 from tfnas.latency.chain import ChainTimer, HostChainTimer
 from tfnas.latency.chain_cuda import CudaChainTimer
 from tfnas.latency.engine import Conditions, Engine, EngineUnavailable
+from tfnas.latency.engine_fused import FusedEngine
 from tfnas.latency.engine_onnxruntime import OnnxruntimeEngine
 from tfnas.latency.engine_torch import TorchEngine
 from tfnas.space import Space
@@ -23,11 +24,9 @@ def make_engine(space: Space, conditions: Conditions) -> Engine:
         )
     if conditions.engine in ("eager", "compile"):
         return TorchEngine(space, conditions)
-    if conditions.engine == "onnxruntime":
-        return OnnxruntimeEngine(space, conditions)
-    raise EngineUnavailable(
-        f"engine {conditions.engine!r} is not available in this version; use eager, compile or onnxruntime"
-    )
+    if conditions.engine == "fused":
+        return FusedEngine(space, conditions)
+    return OnnxruntimeEngine(space, conditions)
 
 
 def make_section_timer(conditions: Conditions) -> Timer:
