@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from latency_tables import synthetic_table
 from tfnas.cli import COMMANDS, main
+from tfnas.latency.lut_io import save_table
+from tfnas.space_io import load_space
 
 
 def test_help_lists_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,3 +45,24 @@ def test_python_dash_m() -> None:
     done = subprocess.run([sys.executable, "-m", "tfnas", "--version"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.startswith("tfnas ")
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tfnas", "info", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == ""
+
+
+def test_scale_takes_a_bare_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table.json"
+    save_table(table, synthetic_table(load_space("imagenet")))
+    arguments = ["scale", "--architecture", "tf-nas-a", "--lut", str(table), "--target_latency_ms"]
+    assert main([*arguments, "1e6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["binding"] == "maximum"
+    assert main([*arguments, "0.001", "--json"]) == 2
+    assert "out of reach" in capsys.readouterr().err

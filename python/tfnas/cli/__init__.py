@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentError
 
-from tfnas.cli.codes import BAD_INPUT, INTERRUPTED
+from tfnas.cli.codes import BAD_INPUT, INTERRUPTED, OK
 from tfnas.cli.functions import run_function
 
 COMMANDS = {
@@ -75,11 +75,17 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
         module = importlib.import_module(f"tfnas.cli.{command}")
         if hasattr(module, "run"):
             code: int = module.run(list(arguments))
-            return code
-        return run_function(f"tfnas {command}", getattr(module, command), list(arguments))
+        else:
+            code = run_function(f"tfnas {command}", getattr(module, command), list(arguments))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print(f"tfnas {command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; what is left in the buffer must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except (ValueError, LookupError, OSError, ArgumentError) as error:
         if os.environ.get("TFNAS_DEBUG") == "1":
             raise
