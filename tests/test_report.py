@@ -153,6 +153,6 @@ def test_ticks_enclose_the_range(low: float, high: float) -> None:
 def test_chart_points_lie_where_they_should() -> None:
     chart = line_chart([Series("s", [0, 5, 10], [0, None, 100])], "x", "y")
     ((x0, y0), (x1, y1)) = [tuple(map(float, p.split(","))) for p in re.findall(r'points="(.*?)"', chart)[0].split()]
-    assert (x0, x1) == (52, 628)
-    assert (y0, y1) == (222, 10)
+    assert (x0, x1) == (52, 428)
+    assert (y0, y1) == (192, 10)
     assert "nothing was measured" in line_chart([Series("s", [0], [None])], "x", "y")

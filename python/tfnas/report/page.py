@@ -33,7 +33,7 @@ body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; }
 svg { max-width: 100%; height: auto; display: block; }
-section > svg { max-width: 46rem; width: 100%; }
+section > svg { max-width: 36rem; width: 100%; }
 svg text { fill: var(--text); font-size: 12px; } svg text.small { font-size: 11px; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .6rem 1.2rem;

@@ -27,8 +27,8 @@ class Series:
 class Frame:
     """The size of a chart in its own units, margins included."""
 
-    width: int = 640
-    height: int = 260
+    width: int = 440
+    height: int = 230
     left: int = 52
     right: int = 12
     top: int = 10
@@ -106,7 +106,7 @@ def grid(
 
 def share_bars(rows: Sequence[tuple[str, Sequence[float]]], label: str) -> str:
     """One horizontal bar per row, cut into shares that sum to 1."""
-    width, left, bar, step = 640, 92, 14, 20
+    width, left, bar, step = 440, 92, 14, 20
     parts = []
     for r, (name, shares) in enumerate(rows):
         parts.append(f'<text x="{left - 6}" y="{r * step + 12}" text-anchor="end" class="small">{escape(name)}</text>')
