@@ -39,6 +39,7 @@ class ReferenceEngine:
     """
 
     name = "reference"
+    memory_format = torch.channels_last
 
     def __init__(self, spec: BodySpec, layers: Sequence[PackedLayer]) -> None:
         self.spec = spec
@@ -55,7 +56,7 @@ class ReferenceEngine:
     ) -> tuple[list[Tensor], _PathsTape | None]:
         check_inputs(self.spec, x, v)
         rows = read_choices(self.spec, choices)
-        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(with_tape)
+        x = x.detach().contiguous(memory_format=self.memory_format).requires_grad_(with_tape)
         outs: list[Tensor] = []
         weights: list[dict[Key, list[Tensor]]] = []
         with torch.set_grad_enabled(with_tape):
@@ -86,7 +87,7 @@ class ReferenceEngine:
         self, x: Tensor, u: Tensor, v: Tensor | None, with_tape: bool
     ) -> tuple[Tensor, _MixtureTape | None]:
         check_inputs(self.spec, x, v, u)
-        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(with_tape)
+        x = x.detach().contiguous(memory_format=self.memory_format).requires_grad_(with_tape)
         u = u.detach().requires_grad_(with_tape)
         v = None if v is None else v.detach().requires_grad_(with_tape)
         with torch.set_grad_enabled(with_tape):

@@ -3,15 +3,41 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 namespace tfnas {
+namespace {
+
+// Straight from the system where possible: blocks of hundreds of megabytes must not leave holes in the heap.
+char* get_pages(int64_t bytes) {
+#if defined(__linux__)
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) throw std::bad_alloc();
+  madvise(data, bytes, MADV_HUGEPAGE);
+#else
+  void* data = std::aligned_alloc(64, bytes);
+  if (data == nullptr) throw std::bad_alloc();
+#endif
+  return static_cast<char*>(data);
+}
+
+void give_back_pages(char* data, int64_t bytes) {
+#if defined(__linux__)
+  munmap(data, bytes);
+#else
+  (void)bytes;
+  std::free(data);
+#endif
+}
+
+}  // namespace
 
 MemoryStack::~MemoryStack() {
-  for (const Block& block : blocks_) std::free(block.data);
+  for (const Block& block : blocks_) give_back_pages(block.data, block.bytes);
 }
 
 void* MemoryStack::take(int64_t bytes) {
@@ -30,23 +56,18 @@ void MemoryStack::release(int64_t mark) {
   top_ = mark;
   while (current_ > 0 && (current_ == blocks_.size() || blocks_[current_].start > mark)) --current_;
   if (mark == 0 && blocks_.size() > 1) {
-    for (const Block& block : blocks_) std::free(block.data);
+    for (const Block& block : blocks_) give_back_pages(block.data, block.bytes);
     blocks_.clear();
     current_ = 0;
-    add_block(peak_);
-    peak_ = 0;
+    wanted_ = peak_;
   }
 }
 
 void MemoryStack::add_block(int64_t bytes) {
   constexpr int64_t page = int64_t{1} << 21;  // huge pages
-  bytes = (bytes + page - 1) / page * page;
+  bytes = (std::max(bytes, std::exchange(wanted_, 0)) + page - 1) / page * page;
   blocks_.reserve(blocks_.size() + 1);
-  char* data = static_cast<char*>(std::aligned_alloc(page, bytes));
-  if (data == nullptr) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  madvise(data, bytes, MADV_HUGEPAGE);
-#endif
+  char* data = get_pages(bytes);
   const int64_t start = blocks_.empty() ? 0 : blocks_.back().end();
   blocks_.push_back({data, start, bytes});
   current_ = blocks_.size() - 1;

@@ -32,6 +32,7 @@ class MemoryStack {
   std::vector<Block> blocks_;
   size_t current_ = 0;
   int64_t top_ = 0, peak_ = 0;
+  int64_t wanted_ = 0;  // size of the next first block
 };
 
 }  // namespace tfnas
