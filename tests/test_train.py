@@ -24,7 +24,7 @@ from tfnas.evaluate import evaluate_network
 from tfnas.interrupt import TrainingInterrupted
 from tfnas.progress import PlainProgress
 from tfnas.run import read_metrics
-from tfnas.schedule import warmup_cosine
+from tfnas.schedule import averaging_decay, warmup_cosine
 from tfnas.train import make_network, train
 from tfnas.train_config import TRAIN, TrainConfig
 from tfnas.train_loop import TrainingFailed, TrainLoop
@@ -94,7 +94,7 @@ def test_one_step_is_sgd_on_the_mean_loss(tmp_path: Path) -> None:
             assert p.grad is not None
             m.mul_(0.9).add_(p.grad * min(1.0, 0.5 / norm) + 0.1 * p.data)
             p.data -= lr * m
-        kept = 0.0 if step == 0 else 0.8
+        kept = 0.0 if step == 0 else 2 / 11
         for a, p in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
             if a.is_floating_point():
                 a.mul_(kept).add_((1 - kept) * p)
@@ -211,6 +211,15 @@ def test_non_finite_loss_names_the_step_and_keeps_the_checkpoint(tmp_path: Path)
 )
 def test_schedule(step: int, expected: float) -> None:
     assert warmup_cosine(step, 10, 2, 0.1, 0.01) == pytest.approx(expected)
+
+
+def test_averaging_forgets_the_first_weights() -> None:
+    """After n updates the initial weights must have lost their share long before decay^n would let them."""
+    share = 1.0
+    for updates in range(1, 100):
+        share *= averaging_decay(0.999, updates)
+    assert share < 1e-8
+    assert averaging_decay(0.9, 1000) == 0.9
 
 
 def test_accuracy_by_hand() -> None:

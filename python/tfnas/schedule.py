@@ -37,3 +37,8 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: int, lr: float, fin
         return lr * (step + 1) / warmup_steps
     passed = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return final_lr + 0.5 * (lr - final_lr) * (1 + math.cos(math.pi * passed))
+
+
+def averaging_decay(decay: float, updates: int) -> float:
+    """Decay of a moving average after `updates` updates: grows to `decay`, so that the first weights are forgotten."""
+    return min(decay, (1 + updates) / (10 + updates))

@@ -82,7 +82,7 @@ class TrainConfig:
             images apart; `test` trains on all of them and chooses by the test images, whose accuracy is then
             optimistic; `none` trains on all of them, and the last epoch is the best.
         ema_decay: Decay of the exponential moving average of weights and statistics, which is then validated and
-            saved instead of the weights themselves; null for none.
+            saved instead of the weights themselves; smaller over the first updates. null for none.
         output: Folder of the training; null makes `runs/train-<architecture>-<date>-<time>`.
         resume: Go on where the training in `output` stopped; begins it where there is nothing yet.
         seed: Decides initial weights, data order, augmentation and dropout.

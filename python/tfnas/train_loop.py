@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -25,7 +25,7 @@ from tfnas.network import Network
 from tfnas.pace import Pace
 from tfnas.progress import Callback, Record
 from tfnas.run import MetricsFile
-from tfnas.schedule import warmup_cosine
+from tfnas.schedule import averaging_decay, warmup_cosine
 from tfnas.train_config import TrainConfig
 from tfnas.weights import save_weights
 
@@ -85,7 +85,7 @@ class TrainLoop:
         )
         self.average: AveragedModel | None = None
         if config.ema_decay is not None:
-            self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+            self.average = AveragedModel(network, multi_avg_fn=_growing_average(config.ema_decay), use_buffers=True)
         if state is not None:
             self._restore(state)
         self._unread: list[tuple[int, int, Tensor]] = []
@@ -288,6 +288,13 @@ class TrainLoop:
             signal_number,
             f"stopped at step {self.step} of {self.total_steps}; go on with --resume --output {self.folder}",
         )
+
+
+def _growing_average(decay: float) -> Callable[..., None]:
+    def average_(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
+        get_ema_multi_avg_fn(averaging_decay(decay, int(updates)))(averaged, current, updates)
+
+    return average_
 
 
 def _noise_seed(seed: int, step: int) -> int:
