@@ -71,9 +71,11 @@ class Block:
         self.x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         self.weights = [normal(mid, cin, 1, 1, scale=cin**-0.5), normal(mid, 1, k, k, scale=1 / k)]
         self.weights.append(normal(cout, mid, 1, 1, scale=mid**-0.5))
-        gate = [normal(se, mid, 1, 1, scale=mid**-0.5), normal(se), normal(mid, se, 1, 1, scale=se**-0.5), normal(mid)]
-        self.se = SqueezeExcite(*gate) if se else None
-        self.leaves = [self.x, *self.weights, *(gate if se else [])]
+        self.se = None
+        if se:
+            reduce, expand = normal(se, mid, 1, 1, scale=mid**-0.5), normal(mid, se, 1, 1, scale=se**-0.5)
+            self.se = SqueezeExcite(reduce, normal(se), expand, normal(mid))
+        self.leaves = [self.x, *self.weights, *(self.se or ())]
         self.options: dict[str, Any] = {"stride": stride, "act": act, "residual": stride == 1 and cin == cout}
         self.dout = torch.randn_like(self.forward("ours"))
 
