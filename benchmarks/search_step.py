@@ -175,16 +175,15 @@ def main() -> None:
             steps.run(args.steps[0])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
-    rows = []
+    machine = {"device": device_name("cpu"), "capability": cpu_capability(), "threads": args.threads}
+    result: dict[str, Any] = {"benchmark": "search_step", **machine, "clock": args.clock}
+    result |= {"versions": software_versions(), "rows": []}
     for case in args.cases:
         for step in args.steps:
-            rows.append(measure_case(args, space, step, case))
-            print(json.dumps(rows[-1]), flush=True)
-    if args.json:
-        machine = {"device": device_name("cpu"), "capability": cpu_capability(), "threads": args.threads}
-        machine["clock"] = args.clock
-        result = {"benchmark": "search_step", **machine, "versions": software_versions(), "rows": rows}
-        write_text_atomically(args.json, json.dumps(result, indent=2) + "\n")
+            result["rows"].append(measure_case(args, space, step, case))
+            print(json.dumps(result["rows"][-1]), flush=True)
+            if args.json:  # after every row: long runs may be stopped
+                write_text_atomically(args.json, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
