@@ -9,13 +9,37 @@ from jsonargparse import ArgumentParser
 
 
 def run_function(prog: str, function: Callable[..., int], arguments: list[str]) -> int:
-    """Parse `arguments` for `function`'s parameters, call it, return its exit code. Bare `--flag` means true."""
+    """Parse `arguments` for `function`'s parameters, call it, return its exit code.
+
+    A bare `--flag` means true; words without an option's name are the parameters without a default, in order.
+    """
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description=_summary(function))
     parser.add_function_arguments(function, as_group=False)
     parameters = inspect.signature(function).parameters.values()
     flags = {f"--{parameter.name}" for parameter in parameters if isinstance(parameter.default, bool)}
-    values = parser.parse_args([f"{argument}=true" if argument in flags else argument for argument in arguments])
+    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    values = parser.parse_args(_name_positional(arguments, flags, required))
     return function(**parser.instantiate(values).as_dict())
+
+
+def _name_positional(arguments: list[str], flags: set[str], required: list[str]) -> list[str]:
+    """`arguments` with every value named: `lut check FILE --json` becomes `--table=FILE --json=true`."""
+    given = {argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")}
+    waiting = [name for name in required if name not in given]
+    named: list[str] = []
+    is_value = False
+    for argument in arguments:
+        if is_value or (not argument.startswith("-") and not waiting):
+            named.append(argument)
+            is_value = False
+        elif not argument.startswith("-"):
+            named.append(f"--{waiting.pop(0)}={argument}")
+        elif argument in flags:
+            named.append(f"{argument}=true")
+        else:
+            named.append(argument)
+            is_value = argument.startswith("--") and "=" not in argument and argument != "--help"
+    return named
 
 
 def _summary(function: Callable[..., int]) -> str:
