@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from jsonargparse import ArgumentError
-
 from tfnas.cli.functions import run_function
 
 CALLS: list[tuple[str, str, int, bool]] = []
@@ -35,7 +34,7 @@ def test_arguments_may_be_positional_or_named(
             run_function("test", command, arguments)
         return
     assert run_function("test", command, arguments) == 0
-    assert CALLS == [expected]
+    assert [expected] == CALLS
 
 
 @pytest.mark.parametrize("arguments", [[], ["F", "G"], ["F", "--cout", "3"], ["--table", "F", "G"]])
