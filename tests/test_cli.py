@@ -41,16 +41,17 @@ def test_info_text_and_bad_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--jsno" in capsys.readouterr().err
 
 
-def test_python_dash_m() -> None:
-    done = subprocess.run([sys.executable, "-m", "tfnas", "--version"], capture_output=True, text=True, check=False)
+def test_python_dash_m(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tfnas", "--version"]
+    # elsewhere: beside the sources, `-m` would import them and not the installed package
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("tfnas ")
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tfnas", "info", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tfnas", "info", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
