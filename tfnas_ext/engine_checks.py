@@ -34,11 +34,17 @@ def check_inputs(spec: BodySpec, x: Tensor, v: Tensor | None, u: Tensor | None =
         raise ValueError(f"u must be [L, C] = {list(expected)}, not {list(u.shape)}")
 
 
+def check_choices_shape(spec: BodySpec, choices: Tensor) -> None:
+    """ValueError unless `choices` is [P, L] with one or two paths."""
+    count = len(spec.layers)
+    if choices.dim() != 2 or not 1 <= choices.shape[0] <= 2 or choices.shape[1] != count:
+        raise ValueError(f"choices must be [P, L] with P = 1 or 2, L = {count}, not {list(choices.shape)}")
+
+
 def read_choices(spec: BodySpec, choices: Tensor) -> list[list[int]]:
     """`choices` [P, L] as lists, read on the host. ValueError where an entry is no candidate of its layer."""
     layers = spec.layers
-    if choices.dim() != 2 or not 1 <= choices.shape[0] <= 2 or choices.shape[1] != len(layers):
-        raise ValueError(f"choices must be [P, L] with P = 1 or 2, L = {len(layers)}, not {list(choices.shape)}")
+    check_choices_shape(spec, choices)
     rows: list[list[int]] = choices.tolist()
     for row in rows:
         for index, choice in enumerate(row):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tfnas_ext.engine_checks import check_choices_shape, check_inputs, check_widths
 from tfnas_ext.engine_spec import BodySpec
 from tfnas_ext.packed import PackedLayer
 
@@ -51,17 +52,7 @@ class CudaEngine:
         self.set_widths([[candidate.max_width for candidate in layer.candidates] for layer in spec.layers])
 
     def set_widths(self, widths: list[list[int]]) -> None:
-        counts = [len(layer.candidates) for layer in self.spec.layers]
-        if [len(row) for row in widths] != counts:
-            raise ValueError(
-                f"widths must have one row per layer with {counts} entries, not {[len(w) for w in widths]}"
-            )
-        for index, (layer, row) in enumerate(zip(self.spec.layers, widths, strict=True)):
-            for candidate, width in zip(layer.candidates, row, strict=True):
-                if not 1 <= width <= candidate.max_width:
-                    raise ValueError(
-                        f"widths: layer {index}, {candidate.name} must be in 1..{candidate.max_width}, not {width}"
-                    )
+        check_widths(self.spec, widths)
         self._widths = [list(row) for row in widths]
         self._prepared_for: torch.device | None = None
 
@@ -69,12 +60,10 @@ class CudaEngine:
         self, x: Tensor, choices: Tensor, v: Tensor | None, with_tape: bool
     ) -> tuple[list[Tensor], _PathsTape | None]:
         x, depth = self._check(x, v)
-        layer_count = len(self.layers)
-        if choices.dim() != 2 or not 1 <= choices.shape[0] <= 2 or choices.shape[1] != layer_count:
-            raise ValueError(f"choices must be [P, L] with P = 1 or 2, L = {layer_count}, not {list(choices.shape)}")
+        check_choices_shape(self.spec, choices)
         self._choices[: choices.shape[0]].copy_(choices.clamp(min=0).minimum(self._last_candidate), non_blocking=True)
         paths = [
-            self._forward(x, depth, [self._choices[p, index : index + 1] for index in range(layer_count)], None)
+            self._forward(x, depth, [self._choices[p, index : index + 1] for index in range(len(self.layers))], None)
             for p in range(choices.shape[0])
         ]
         outs = [out for out, _ in paths]
@@ -101,10 +90,7 @@ class CudaEngine:
     def forward_mixture(
         self, x: Tensor, u: Tensor, v: Tensor | None, with_tape: bool
     ) -> tuple[Tensor, _MixtureTape | None]:
-        x, depth = self._check(x, v)
-        shape = (len(self.layers), self.spec.max_candidates)
-        if u.shape != shape:
-            raise ValueError(f"u must be [L, C] = {list(shape)}, not {list(u.shape)}")
+        x, depth = self._check(x, v, u)
         weights = u.detach().to(self._weight_dtype)
         rows = [weights[i, : len(layer.candidates)].contiguous() for i, layer in enumerate(self.spec.layers)]
         out, layers = self._forward(x, depth, None, rows)
@@ -156,15 +142,11 @@ class CudaEngine:
             for buffer in layer.momenta():
                 buffer.zero_()
 
-    def _check(self, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
-        if x.dim() != 4 or x.shape[1] != self.spec.layers[0].in_channels:
-            raise ValueError(f"x must be [N, {self.spec.layers[0].in_channels}, H, W], not {list(x.shape)}")
-        shape = self.spec.depth_weights_shape
-        if v is None or tuple(v.shape) != shape:
-            raise ValueError(f"v must be {list(shape or ())}, not {None if v is None else list(v.shape)}")
+    def _check(self, x: Tensor, v: Tensor | None, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_inputs(self.spec, x, v, u)
+        assert v is not None  # the spec's depth space is sink
         if self._prepared_for != x.device:
             self._prepare(x.device)
-        # A tensor of one channel or one pixel counts as channels_last whatever its strides: copy where they are odd.
         x = x.detach().contiguous(memory_format=torch.channels_last)
         return x, v.detach().to(x.dtype)
 
