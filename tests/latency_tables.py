@@ -32,4 +32,4 @@ def synthetic_table(space: Space, *, seed: int = 0, monotone: bool = True, base_
         if not monotone:
             latency_ms = latency_ms * rng.uniform(0.7, 1.3, widths.size)
         curves[key] = Curve(widths, latency_ms)
-    return LatencyTable(base_ms, curves, {"device": "synthetic", "batch": 1})
+    return LatencyTable(base_ms, curves, {"source": "synthetic"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tfnas.checkpoint import load_checkpoint
 from tfnas.cli import run_command as run_here
 from tfnas.config import ConfigError
 from tfnas.config_io import load_config
+from tfnas.latency.lut import LatencyTableError
 from tfnas.latency.lut_io import load_table, save_table
 from tfnas.progress import Record
 from tfnas.run import read_metrics
@@ -216,6 +218,28 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--resume"):
         search(config, [])
     assert (tmp_path / "run" / "architecture.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"device": "another GPU", "device_uuid": "GPU-1"}, "device is 'another GPU'"),
+        ({"engine": "fused", "batch": 1}, "engine is 'fused', wanted 'eager'; batch is 1, wanted 32"),
+        ({"threads": 64}, "threads is 64"),
+        ({"layout": "channels_last"}, "layout"),
+    ],
+)
+def test_table_of_other_conditions_is_refused_unless_told_otherwise(
+    tmp_path: Path, stated: dict[str, Any], said: str
+) -> None:
+    config = tiny_config(tmp_path, epochs=1)
+    assert config.lut is not None
+    save_table(config.lut, dataclasses.replace(load_table(config.lut), header=stated))
+    with pytest.raises(LatencyTableError, match=re.escape(said)) as error:
+        search(config, [])
+    assert "lut_conditions ignore" in str(error.value)
+    config = dataclasses.replace(config, lut_conditions="ignore", output=str(tmp_path / "other"))
+    assert search(config, []).met
 
 
 def test_table_of_another_space_names_what_is_missing(tmp_path: Path) -> None:

@@ -197,6 +197,8 @@ class SearchConfig:
         data: Images: `quickstart` (a shipped part of Fashion-MNIST), `fashion-mnist`, `fake`, or a path
             (`dataset.format`).
         lut: Latency table (`.json`, `.csv`, or the published `.pkl`); null measures one on this machine first.
+        lut_conditions: `require` refuses a `lut` measured on another device or otherwise than `profile` says, as far as
+            the table tells; `ignore` takes it as it is.
         target_latency_ms: Latency that the derived network must meet, in ms; null takes the middle of the reachable
             range.
         epochs: Epochs in all, warm-up included.
@@ -229,6 +231,7 @@ class SearchConfig:
     space: str = "imagenet"
     data: str = "fake"
     lut: str | None = None
+    lut_conditions: Literal["require", "ignore"] = "require"
     target_latency_ms: float | None = None
     epochs: int = 90
     warmup_epochs: int = 10

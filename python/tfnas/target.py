@@ -11,10 +11,11 @@ import torch
 
 from tfnas.architecture import Architecture, Op
 from tfnas.config import ConfigError, ProfileConfig, SearchConfig
+from tfnas.latency.compare import require_conditions
 from tfnas.latency.conditions import make_engine, make_timer
 from tfnas.latency.engine import Conditions, EngineUnavailable
-from tfnas.latency.header import device_uuid
-from tfnas.latency.lut import LatencyTable
+from tfnas.latency.header import device_name, device_uuid
+from tfnas.latency.lut import LatencyTable, LatencyTableError
 from tfnas.latency.lut_io import load_table, save_table
 from tfnas.latency.measure import conditions_of as table_conditions
 from tfnas.latency.measure import measure_network_ms
@@ -58,13 +59,16 @@ def obtain_table(
 ) -> LatencyTable:
     """The table in `file` if a run already has one, else `config.lut`, else one measured here; kept in `file`.
 
-    Raises `LatencyTableError` where it does not cover the space, `TargetOutOfReach` where measuring the extreme
-    networks alone shows that no table could help.
+    Raises `LatencyTableError` where it does not cover the space or was measured under other conditions than
+    `config.profile` on this device (unless `config.lut_conditions` is `ignore`), `TargetOutOfReach` where measuring the
+    extreme networks alone shows that no table could help.
     """
     if file.is_file():
         table = load_table(file)
     elif config.lut is not None:
         table = load_table(config.lut)
+        if config.lut_conditions == "require":
+            require_own_conditions(table, space, conditions_of(config.profile, device))
     else:
         conditions = conditions_of(config.profile, device)
         if config.target_latency_ms is not None:
@@ -73,6 +77,30 @@ def obtain_table(
     table.require_space(space)
     save_table(file, table)
     return table
+
+
+def require_own_conditions(table: LatencyTable, space: Space, conditions: Conditions) -> None:
+    """Raise `LatencyTableError`, saying what differs and what to do, unless measured here as `conditions` say.
+
+    What a table does not state, as imported ones do not, is not held against it.
+    """
+    wanted = {
+        "device": device_name(conditions.device),
+        "device_uuid": device_uuid(conditions.device),
+        "engine": conditions.engine,
+        "batch": conditions.batch,
+        "resolution": space.resolution,
+        "threads": conditions.threads,
+        "dtype": conditions.dtype,
+        "layout": conditions.layout,
+    }
+    try:
+        require_conditions(table, wanted)
+    except LatencyTableError as error:
+        raise LatencyTableError(
+            f"{error}. Set the `profile` options to the table's, or, to search for the conditions it was measured "
+            "under, `--lut_conditions ignore`"
+        ) from None
 
 
 def measure_table(
