@@ -10,7 +10,7 @@ import torch
 from tfnas.latency.additivity import random_architectures
 from tfnas.latency.conditions import make_engine
 from tfnas.latency.engine import Conditions, EngineUnavailable
-from tfnas.latency.engine_onnxruntime import OnnxGraph
+from tfnas.latency.engine_onnxruntime import OnnxGraph, OnnxruntimeEngine
 from tfnas.latency.engine_torch import TorchEngine, make_block
 from tfnas.network import build_head, build_network, build_stem
 from tfnas.space_io import load_space
@@ -97,6 +97,26 @@ def test_missing_onnxruntime_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(EngineUnavailable, match=r"pip install 'tfnas-ext\[export\]'"):
         make_engine(SMALL, Conditions(engine="onnxruntime"))
+
+
+def test_onnxruntime_sections_follow_the_input_and_own_their_output() -> None:
+    pytest.importorskip("onnxruntime")
+    block = make_engine(SMALL, Conditions(engine="onnxruntime")).block(SMALL.layers[1].key(4), 96)
+    torch.manual_seed(0)
+    a, b = torch.randn(1, 24, 14, 14), torch.randn(3, 24, 14, 14)
+    first, other = block(a).clone(), block(b)
+    assert other.shape == (3, 24, 14, 14)
+    strided = a.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(block(strided), first)
+    assert block(b).data_ptr() == other.data_ptr()
+    torch.testing.assert_close(block(b[:1]), other[:1], rtol=1e-5, atol=1e-6)
+
+
+def test_onnxruntime_without_a_provider_for_the_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EngineUnavailable, match=r"no CUDAExecutionProvider.*install onnxruntime-gpu"):
+        OnnxruntimeEngine(SMALL, Conditions(engine="onnxruntime", device="cuda"))
 
 
 @pytest.mark.parametrize("bad", [{"layout": "channels_last"}, {"dtype": "float16"}])

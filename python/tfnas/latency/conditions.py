@@ -30,9 +30,10 @@ def make_engine(space: Space, conditions: Conditions) -> Engine:
 
 
 def make_section_timer(conditions: Conditions) -> Timer:
-    """The timer of single sections in mode `slope`: on a GPU captured graphs with a cold L2 cache."""
+    """The timer of single sections in mode `slope`: on a GPU captured graphs, where torch runs them, with a cold L2."""
     if torch.device(conditions.device).type == "cuda":
-        return CudaTimer(CudaDevice(torch.device(conditions.device).index), cold=True, graph=True)
+        captured = conditions.engine != "onnxruntime"
+        return CudaTimer(CudaDevice(torch.device(conditions.device).index), cold=True, graph=captured)
     return CpuTimer(threads=conditions.threads)
 
 

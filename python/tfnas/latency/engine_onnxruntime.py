@@ -1,4 +1,4 @@
-"""Engine `onnxruntime`: sections are inference sessions on the CPU, their graphs written straight from the modules.
+"""Engine `onnxruntime`: sections are inference sessions, their graphs written straight from the modules.
 
 The general exporter takes seconds a block; a table needs hundreds. The blocks have one shape, so their graphs are
 built here, batch norms unfolded: folding and fusing is the session's own business, as in a deployed network.
@@ -23,18 +23,20 @@ if TYPE_CHECKING:
     from tfnas.architecture import Architecture
 
 OPSET = 17
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxruntimeEngine:
-    """Sessions of onnxruntime's CPU provider, `conditions.threads` threads, all graph optimisations on.
+    """Sessions of onnxruntime's CPU or CUDA provider, all graph optimisations on.
 
-    Raises `EngineUnavailable` where onnxruntime or onnx is not installed, or the conditions are not its own (float32
-    on the CPU; it chooses layouts itself, inputs are NCHW).
+    On the CPU `conditions.threads` threads; on a GPU torch's current stream. Inputs and outputs are bound to memory on
+    the device, so nothing is copied; a section's output is overwritten by its next call. Raises `EngineUnavailable`
+    where onnxruntime or onnx is not installed, the onnxruntime installed has no provider for the device, or the
+    conditions are not its own (float32; it chooses layouts itself, inputs are NCHW).
     """
 
     def __init__(self, space: Space, conditions: Conditions) -> None:
-        wanted = {"device": "cpu", "dtype": "float32", "layout": "nchw"}
-        for name, value in wanted.items():
+        for name, value in (("dtype", "float32"), ("layout", "nchw")):
             if getattr(conditions, name) != value:
                 raise EngineUnavailable(
                     f"engine 'onnxruntime' runs with {name}={value} only, got {name}={getattr(conditions, name)}"
@@ -48,6 +50,14 @@ class OnnxruntimeEngine:
                 "pip install 'tfnas-ext[export]'"
             ) from None
         self._onnx, self._onnxruntime = onnx, onnxruntime
+        self._device = torch.device(conditions.device)
+        self._provider = PROVIDERS[self._device.type]
+        if self._provider not in onnxruntime.get_available_providers():
+            raise EngineUnavailable(
+                f"engine 'onnxruntime': the onnxruntime installed ({onnxruntime.__version__}) has no {self._provider} "
+                f"for device {conditions.device!r}, only {', '.join(onnxruntime.get_available_providers())}; for a GPU "
+                "install onnxruntime-gpu"
+            )
         self.space, self.conditions = space, conditions
         self._torch = TorchEngine(space, conditions)
 
@@ -75,15 +85,44 @@ class OnnxruntimeEngine:
 
     def _section(self, make: Callable[[], nn.Module]) -> Section:
         module = self._torch.module(make)
-        graph = OnnxGraph(self._onnx)
-        model = graph.model(module)
+        model = OnnxGraph(self._onnx).model(module)
         options = self._onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.conditions.threads
         options.inter_op_num_threads = 1
         session = self._onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            model.SerializeToString(), options, providers=[(self._provider, self._provider_options())]
         )
-        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        return BoundSession(session, self._device)
+
+    def _provider_options(self) -> dict[str, str]:
+        if self._device.type == "cpu":
+            return {}
+        stream = torch.cuda.current_stream(self._device)
+        return {"device_id": str(stream.device_index), "user_compute_stream": str(stream.cuda_stream)}
+
+
+class BoundSession:
+    """A session called with a torch tensor [N, C, H, W], float32 on `device`; returns the same buffer every time."""
+
+    def __init__(self, session: Any, device: torch.device) -> None:
+        self._session, self._device = session, device
+        self._shapes: dict[torch.Size, torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        binding = self._session.io_binding()
+        self._bind(binding.bind_input, "x", x)
+        y = self._shapes.get(x.shape)
+        if y is None:  # the first call tells the output's shape
+            (first,) = self._session.run(None, {"x": x.cpu().numpy()})
+            y = self._shapes[x.shape] = torch.empty(first.shape, device=self._device)
+        self._bind(binding.bind_output, "y", y)
+        self._session.run_with_iobinding(binding)
+        return y
+
+    def _bind(self, bind: Callable[..., None], name: str, tensor: torch.Tensor) -> None:
+        index = self._device.index or 0
+        bind(name, self._device.type, index, np.float32, list(tensor.shape), tensor.data_ptr())
 
 
 class OnnxGraph:
