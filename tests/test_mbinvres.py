@@ -232,16 +232,6 @@ def test_inference(seed: int) -> None:
     torch.testing.assert_close(ops.mbinvres(*args, **options, training=False).detach(), want)
 
 
-def test_operators_are_registered_properly() -> None:
-    block = make_block(BlockCase(2, 5, 6, 5, 20, 5, se=3, residual=True, seed=12))
-    args, _ = block.arguments()
-    t = block.leaves
-    weights = [*args[1:], t["se_rw"], t["se_rb"], t["se_ew"], t["se_eb"], *[None] * 6]
-    call = (args[0], *weights, 1, "swish", True, 20, 1e-5)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.tfnas.mbinvres.default, call, test_utils=tests)
-
-
 def test_double_backward_is_refused() -> None:
     block = make_block(BlockCase(2, 3, 3, 4, 5, 3, seed=13))
     args, options = block.arguments()

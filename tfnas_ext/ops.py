@@ -7,16 +7,14 @@ threads results are the same bits every time. Gradients are differentiable once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tfnas_ext import _native, reference
+from tfnas_ext import reference
 from tfnas_ext.backends import choose_backend
+from tfnas_ext.operators import AUTOCAST_DTYPE
 from tfnas_ext.reference import BatchStatistics, Norm, SqueezeExcite
 
-WEIGHTS = 13  # tensor arguments of torch.ops.tfnas.mbinvres besides x
 DESIGNS = ("auto", "strips", "channels")
 NATIVE_DTYPES = (torch.float32, torch.float64)
 
@@ -130,13 +128,19 @@ def _frozen_inference(given: list[bool], tensors: list[Tensor | None]) -> bool:
 def _runs_native(x: Tensor, conv_dw: Tensor, backend: str | None, possible: bool) -> bool:
     if choose_backend(x.device, backend) == "reference":
         return False
-    fits = possible and x.dtype in NATIVE_DTYPES and conv_dw.dim() == 4 and conv_dw.shape[-1] in (3, 5, 7)
+    dtype = AUTOCAST_DTYPE if _autocasts(x) else x.dtype
+    fits = possible and dtype in NATIVE_DTYPES and conv_dw.dim() == 4 and conv_dw.shape[-1] in (3, 5, 7)
     if backend is not None and not fits:
         raise ValueError(
             f"backend={backend!r} runs float32 and float64, kernels 3, 5 and 7, and running statistics in all norms "
             f"without gradients; got {x.dtype}, conv_dw of shape {list(conv_dw.shape)}. Use backend='reference'."
         )
     return fits
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast casts `x`: as everywhere in torch, it leaves float64 alone."""
+    return torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def _weights(
@@ -154,63 +158,3 @@ def _weights(
     if conv_pw is None:
         affine[:2] = [None, None]
     return [conv_pw, conv_dw, conv_pwl, *gate, *affine]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, statistics, saved = output
-    ctx.mark_non_differentiable(statistics, saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], saved, *inputs[1 : 1 + WEIGHTS])
-    ctx.options = inputs[1 + WEIGHTS :]
-
-
-def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    count = 1 + WEIGHTS + len(ctx.options)
-    mask = list(ctx.needs_input_grad[: 1 + WEIGHTS])
-    if dout is None or not any(mask):
-        return (None,) * count
-    x, saved, *weights = ctx.saved_tensors
-    grads = iter(torch.ops.tfnas.mbinvres_backward(dout, x, saved, *weights, *ctx.options, mask))
-    return (*(next(grads) if wanted else None for wanted in mask), *(None,) * len(ctx.options))
-
-
-def _refuse_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        "mbinvres is differentiable once: its backward has no gradient. Use backend='reference' for second derivatives."
-    )
-
-
-def _out_size(size: Any, stride: int) -> Any:
-    return (size + stride - 1) // stride
-
-
-def _fake_out(x: Tensor, conv_pwl: Tensor, stride: int) -> Tensor:
-    n, _, h, w = x.shape
-    shape = (n, conv_pwl.shape[0], _out_size(h, stride), _out_size(w, stride))
-    return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
-
-
-def _fake_mbinvres(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    conv_pw, conv_pwl, stride, width = args[0], args[2], args[WEIGHTS], args[WEIGHTS + 3]
-    saved = torch.library.get_ctx().new_dynamic_size()
-    count = (2 if conv_pw is None else 4) * width + 2 * conv_pwl.shape[0]
-    return _fake_out(x, conv_pwl, stride), x.new_empty(count), x.new_empty(saved)
-
-
-def _fake_backward(dout: Tensor, x: Tensor, saved: Tensor, *args: Any) -> list[Tensor]:
-    mask = args[-1]
-    like_x = torch.empty_like(x, memory_format=torch.channels_last)
-    weights = [w.new_empty(w.shape) for w, wanted in zip(args[:WEIGHTS], mask[1:], strict=True) if wanted]
-    return ([like_x] if mask[0] else []) + weights
-
-
-def _fake_inference(x: Tensor, *args: Any) -> Tensor:
-    return _fake_out(x, args[2], args[WEIGHTS + 6])
-
-
-if _native.MODULE is not None:
-    torch.library.register_fake("tfnas::mbinvres", _fake_mbinvres)
-    torch.library.register_fake("tfnas::mbinvres_backward", _fake_backward)
-    torch.library.register_fake("tfnas::mbinvres_inference", _fake_inference)
-    torch.library.register_autograd("tfnas::mbinvres", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("tfnas::mbinvres_backward", _refuse_double_backward)

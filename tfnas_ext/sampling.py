@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tfnas_ext.backends import choose_backend, native_module
+from tfnas_ext.backends import choose_backend
 
 SECOND_PATHS = ("none", "random", "gumbel", "min", "max")
 
@@ -253,18 +253,3 @@ def _check_alpha(log_alpha: Tensor, valid_mask: Tensor | None) -> None:
     empty = (~usable.any(dim=1)).nonzero()
     if len(empty):
         raise ValueError(f"valid_mask leaves layer {empty[0].item()} without a candidate")
-
-
-if native_module() is not None:
-
-    @torch.library.register_fake("tfnas::sample_paths")
-    def _(log_alpha: Tensor, tau: float, seed: int, step: int, second: str, valid_mask: Tensor | None = None) -> Tensor:
-        return log_alpha.new_empty((1 if second == "none" else 2, log_alpha.shape[0]), dtype=torch.int64)
-
-    @torch.library.register_fake("tfnas::uniforms")
-    def _(layers: int, candidates: int, seed: int, step: int, path: int) -> Tensor:
-        return torch.empty((layers, candidates), dtype=torch.float64)
-
-    @torch.library.register_fake("tfnas::gumbel_noise")
-    def _(layers: int, candidates: int, seed: int, step: int, path: int, device: torch.device) -> Tensor:
-        return torch.empty((layers, candidates), dtype=torch.float64, device=device)

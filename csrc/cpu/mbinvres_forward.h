@@ -267,7 +267,7 @@ inline void run_forward(const Layer<T>& layer, const T* x, T* out, T* saved,
                         const BatchStatistics<T>& statistics, bool training, const Threads& threads) {
   Scratch scratch;
   LayerPlan<T>& plan = *scratch.take<LayerPlan<T>>(1);
-  make_plan(layer, saved, plan);
+  make_plan(layer, saved, plan, training);
   const Geometry& g = plan.g;
   const T* padded = padded_narrow(x, g.m, g.in_channels, g.ci, scratch, threads);
   if (training && plan.covariance) moments(g, padded, plan.mean_x, plan.covariance, threads);

@@ -98,15 +98,18 @@ inline Geometry geometry_of(int64_t batch, int64_t height, int64_t width, int64_
   return g;
 }
 
-// Lays the saved memory out from `base`; with a null base only the size is of use.
+// Lays the saved memory out from `base`; with a null base only the size is of use. `clear` zeroes what lies
+// between its parts, so that equal inputs save equal bits. The size is also in tfnas_ext/operators.py.
 template <class T>
-inline void make_plan(const Layer<T>& layer, T* base, LayerPlan<T>& plan) {
+inline void make_plan(const Layer<T>& layer, T* base, LayerPlan<T>& plan, bool clear = false) {
   const Geometry& g = plan.g = geometry_of(layer.batch, layer.height, layer.width, layer.in_channels,
                                            layer.out_channels, layer.stride, layer.act);
   int64_t used = 0;
   auto carve = [&](int64_t count) {
     T* result = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + used * sizeof(T));
-    used += round_up(count, 16);
+    const int64_t gap = round_up(count, 16) - count;
+    if (clear && gap > 0) std::memset(result + count, 0, gap * sizeof(T));
+    used += count + gap;
     return result;
   };
   plan.count = layer.count;
@@ -127,7 +130,7 @@ inline void make_plan(const Layer<T>& layer, T* base, LayerPlan<T>& plan) {
     c.y2 = carve(c.planes * g.m2 * kLanes);
     c.h1 = channels && c.expands ? carve(c.planes * g.m * kLanes) : nullptr;
     T** vectors[8] = {&c.mean1, &c.rstd1, &c.gain1, &c.bias1, &c.mean2, &c.rstd2, &c.gain2, &c.bias2};
-    for (T** vector : vectors) *vector = carve(c.padded);
+    for (int v = 0; v < 8; ++v) *vectors[v] = v >= 4 || c.expands ? carve(c.padded) : nullptr;
     c.folded = !channels && c.expands ? carve(c.planes * g.ci * kLanes) : nullptr;
     c.y3 = carve(g.m2 * g.co);
     T** narrow[4] = {&c.mean3, &c.rstd3, &c.gain3, &c.bias3};

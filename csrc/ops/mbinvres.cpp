@@ -9,9 +9,10 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cmath>
 #include <string_view>
+#include <tuple>
 #include <utility>
-#include <vector>
 
 #include "ops/threads.h"
 
@@ -79,9 +80,9 @@ void check(const Tensor& x, const Weights& w, const Options& options) {
           se == w.se_expand_bias.defined(),
       "se_reduce_weight, se_reduce_bias, se_expand_weight and se_expand_bias must come together");
   if (se) {
+    TORCH_CHECK_VALUE(w.se_reduce_weight.dim() == 4 && w.se_reduce_weight.size(0) > 0,
+                      "se_reduce_weight must be [se, E, 1, 1], got shape ", w.se_reduce_weight.sizes());
     const int64_t hidden = w.se_reduce_weight.size(0);
-    TORCH_CHECK_VALUE(hidden > 0, "se_reduce_weight must have hidden channels, got shape ",
-                      w.se_reduce_weight.sizes());
     check_tensor(w.se_reduce_weight, "se_reduce_weight", {hidden, mid, 1, 1}, x);
     check_tensor(w.se_reduce_bias, "se_reduce_bias", {hidden}, x);
     check_tensor(w.se_expand_weight, "se_expand_weight", {mid, hidden, 1, 1}, x);
@@ -104,7 +105,8 @@ void check(const Tensor& x, const Weights& w, const Options& options) {
                     options.width);
   TORCH_CHECK_VALUE(w.conv_pw.defined() || options.width == mid, "width must be ", mid,
                     " without conv_pw, got ", options.width);
-  TORCH_CHECK_VALUE(options.eps > 0, "eps must be positive, got ", options.eps);
+  TORCH_CHECK_VALUE(options.eps > 0 && std::isfinite(options.eps), "eps must be positive and finite, got ",
+                    options.eps);
 }
 
 int64_t halved(int64_t size, int64_t stride) { return (size + stride - 1) / stride; }
@@ -215,10 +217,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Weights& w
   return {out, statistics, saved};
 }
 
-// The gradients that `mask` wants, in the order of the forward's tensor arguments, at maximum width.
+// Gradients of x and of the thirteen weights, at maximum width; undefined where the mask does not want them.
+using Gradients = std::array<Tensor, 14>;
+
 template <class T>
-std::vector<Tensor> backward(const Tensor& dout_any, const Tensor& input, const Tensor& saved,
-                             const Weights& w, const Options& options, const std::array<bool, 14>& mask) {
+Gradients backward(const Tensor& dout_any, const Tensor& input, const Tensor& saved, const Weights& w,
+                   const Options& options, const std::array<bool, 14>& mask) {
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   const Tensor dout = dout_any.contiguous(at::MemoryFormat::ChannelsLast);
   const Candidate<T> candidate = candidate_of<T>(w, options.width);
@@ -231,21 +235,18 @@ std::vector<Tensor> backward(const Tensor& dout_any, const Tensor& input, const 
                            &w.se_reduce_bias, &w.se_expand_weight, &w.se_expand_bias, &w.bn_weight[0],
                            &w.bn_bias[0],     &w.bn_weight[1],     &w.bn_bias[1],     &w.bn_weight[2],
                            &w.bn_bias[2]};
-  Tensor grads[13];
-  std::vector<Tensor> result;
-  Tensor dx;
-  if (mask[0]) result.push_back(dx = at::empty_like(x));
+  Gradients grads;
+  if (mask[0]) grads[0] = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast));
   bool any = false;
   for (int i = 0; i < 13; ++i) {
     if (!mask[i + 1]) continue;
     TORCH_CHECK_VALUE(order[i]->defined(), "output_mask asks for the gradient of an argument that is None (",
                       i + 1, ")");
     // Channels beyond the width have gradient zero.
-    grads[i] = narrowed ? at::zeros_like(*order[i]) : at::empty_like(*order[i]);
-    result.push_back(grads[i]);
+    grads[i + 1] = narrowed ? at::zeros_like(*order[i]) : at::empty_like(*order[i]);
     any = true;
   }
-  auto at = [&](int i) { return grads[i].defined() ? grads[i].mutable_data_ptr<T>() : nullptr; };
+  auto at = [&](int i) { return grads[i + 1].defined() ? grads[i + 1].mutable_data_ptr<T>() : nullptr; };
   CandidateGradient<T> gradient;
   gradient.expand = {at(0), candidate.expand.mid_stride, 1};
   gradient.depthwise = {at(1), candidate.depthwise.mid_stride, 1};
@@ -256,9 +257,9 @@ std::vector<Tensor> backward(const Tensor& dout_any, const Tensor& input, const 
   gradient.se_expand_bias = at(6);
   for (int i = 0; i < 3; ++i) gradient.bn_weight[i] = at(7 + 2 * i), gradient.bn_bias[i] = at(8 + 2 * i);
   layer_kernels_of<T>().backward(layer, x.const_data_ptr<T>(), saved.const_data_ptr<T>(),
-                                 dout.const_data_ptr<T>(), dx.defined() ? dx.mutable_data_ptr<T>() : nullptr,
+                                 dout.const_data_ptr<T>(), mask[0] ? grads[0].mutable_data_ptr<T>() : nullptr,
                                  nullptr, any ? &gradient : nullptr, torch_threads());
-  return result;
+  return grads;
 }
 
 template <class T>
@@ -297,9 +298,11 @@ std::tuple<Tensor, Tensor, Tensor> mbinvres(const Tensor& x, TFNAS_WEIGHTS, int6
   return x.scalar_type() == at::kFloat ? forward<float>(x, w, options) : forward<double>(x, w, options);
 }
 
-std::vector<Tensor> mbinvres_backward(const Tensor& dout, const Tensor& x, const Tensor& saved, TFNAS_WEIGHTS,
-                                      int64_t stride, c10::string_view act, bool residual, int64_t width,
-                                      double eps, c10::string_view design, std::array<bool, 14> output_mask) {
+using FourteenTensors = decltype(std::tuple_cat(Gradients{}));
+
+FourteenTensors mbinvres_backward(const Tensor& dout, const Tensor& x, const Tensor& saved, TFNAS_WEIGHTS,
+                                  int64_t stride, c10::string_view act, bool residual, int64_t width,
+                                  double eps, c10::string_view design, std::array<bool, 14> output_mask) {
   Weights w = TFNAS_COLLECTED;
   const Options options{stride, view(act), residual, width, eps, view(design)};
   check(x, w, options);
@@ -307,8 +310,9 @@ std::vector<Tensor> mbinvres_backward(const Tensor& dout, const Tensor& x, const
   check_tensor(dout, "dout",
                {x.size(0), w.conv_pwl.size(0), halved(x.size(2), stride), halved(x.size(3), stride)}, x);
   make_contiguous(w);
-  return x.scalar_type() == at::kFloat ? backward<float>(dout, x, saved, w, options, output_mask)
-                                       : backward<double>(dout, x, saved, w, options, output_mask);
+  return std::tuple_cat(x.scalar_type() == at::kFloat
+                            ? backward<float>(dout, x, saved, w, options, output_mask)
+                            : backward<double>(dout, x, saved, w, options, output_mask));
 }
 
 Tensor mbinvres_inference(const Tensor& x, TFNAS_WEIGHTS, const OptionalTensor& mean1,
@@ -338,7 +342,12 @@ constexpr char kWeights[] =
     "Tensor? se_expand_weight, Tensor? se_expand_bias, Tensor? bn1_weight, Tensor? bn1_bias, Tensor? "
     "bn2_weight, "
     "Tensor? bn2_bias, Tensor? bn3_weight, Tensor? bn3_bias, ";
-constexpr char kOptions[] = "int stride, str act, bool residual, int width, float eps";
+constexpr char kGradients[] =
+    "(Tensor dx, Tensor dconv_pw, Tensor dconv_dw, Tensor dconv_pwl, Tensor dse_reduce_weight, Tensor "
+    "dse_reduce_bias, Tensor dse_expand_weight, Tensor dse_expand_bias, Tensor dbn1_weight, Tensor "
+    "dbn1_bias, "
+    "Tensor dbn2_weight, Tensor dbn2_bias, Tensor dbn3_weight, Tensor dbn3_bias)";
+constexpr char kOptions[] = "int stride, str act, bool residual, SymInt width, float eps";
 
 }  // namespace
 
@@ -347,7 +356,7 @@ TORCH_LIBRARY_FRAGMENT(tfnas, m) {
   const std::string training = "mbinvres(Tensor x, " + weights + options +
                                ", str design='auto') -> (Tensor out, Tensor statistics, Tensor saved)";
   const std::string backward = "mbinvres_backward(Tensor dout, Tensor x, Tensor saved, " + weights + options +
-                               ", str design, bool[14] output_mask) -> Tensor[]";
+                               ", str design, bool[14] output_mask) -> " + kGradients;
   const std::string inference =
       "mbinvres_inference(Tensor x, " + weights +
       "Tensor? mean1, Tensor? var1, Tensor mean2, Tensor var2, Tensor mean3, Tensor var3, " + options +

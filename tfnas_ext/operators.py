@@ -1,0 +1,123 @@
+"""What torch knows of the operators `torch.ops.tfnas.*` besides their kernels: shapes, gradients, autocast.
+
+With it they run under `torch.compile`, `torch.export`, `torch.func`, activation checkpointing and autocast as torch's
+own operators do. `width` is a SymInt in all of them, so a compiled function serves every width. Importing this
+registers it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfnas_ext import _native
+
+WEIGHTS = 13  # tensor arguments of torch.ops.tfnas.mbinvres besides x
+AUTOCAST_DTYPE = torch.float32  # what the operators run in under autocast, whatever its type is
+
+_LANES = 16  # channels of a plane of the CPU kernels
+_CHANNELS_DESIGN_PIXELS = 4000  # choose_design in csrc/cpu/mbinvres.cpp
+
+
+def saved_size(
+    x: Tensor, conv_pw: Tensor | None, conv_pwl: Tensor, se_channels: int, stride: int, width: int, design: str
+) -> int:
+    """Elements of `saved`: make_plan of csrc/cpu/mbinvres_plan.h for one candidate, in terms a SymInt goes through."""
+    batch, in_channels, height, columns = x.shape
+    pixels, out_pixels = batch * height * columns, batch * _out_size(height, stride) * _out_size(columns, stride)
+    cin, cout, padded = (_round_up(c, m) for c, m in ((in_channels, 8), (conv_pwl.shape[0], 8), (width, _LANES)))
+    parts = [padded * out_pixels, *[padded] * (4 if conv_pw is None else 8), out_pixels * cout, *[cout] * 4]
+    if conv_pw is not None:
+        channels = design == "channels" or (design == "auto" and pixels <= _CHANNELS_DESIGN_PIXELS)
+        parts += [padded * pixels] if channels else [cin, cin * cin, padded * cin]
+    if se_channels:
+        parts += [batch * padded] * 2 + [batch * _round_up(se_channels, _LANES)] * 2
+    return sum(_round_up(part, 16) for part in parts)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return (size + multiple - 1) // multiple * multiple
+
+
+def _out_size(size: int, stride: int) -> int:
+    return (size + stride - 1) // stride
+
+
+# ---------------------------------------------------------------- fake kernels
+def _fake_out(x: Tensor, conv_pwl: Tensor, stride: int) -> Tensor:
+    n, _, h, w = x.shape
+    shape = (n, conv_pwl.shape[0], _out_size(h, stride), _out_size(w, stride))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_mbinvres(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (conv_pw, _, conv_pwl, se_reduce_weight), (stride, _, _, width, _, *design) = args[:4], args[WEIGHTS:]
+    se_channels = 0 if se_reduce_weight is None else se_reduce_weight.shape[0]
+    statistics = (2 if conv_pw is None else 4) * width + 2 * conv_pwl.shape[0]
+    saved = saved_size(x, conv_pw, conv_pwl, se_channels, stride, width, *design or ("auto",))
+    return _fake_out(x, conv_pwl, stride), x.new_empty(statistics), x.new_empty(saved)
+
+
+def _fake_backward(dout: Tensor, x: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    mask = args[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last) if mask[0] else None
+    weights = zip(args[:WEIGHTS], mask[1:], strict=True)
+    return (dx, *(torch.empty_like(w.contiguous()) if wanted else None for w, wanted in weights))
+
+
+def _fake_inference(x: Tensor, *args: Any) -> Tensor:
+    return _fake_out(x, args[2], args[WEIGHTS + 6])
+
+
+def _fake_sample_paths(
+    log_alpha: Tensor, tau: float, seed: int, step: int, second: str, valid_mask: Tensor | None = None
+) -> Tensor:
+    return log_alpha.new_empty((1 if second == "none" else 2, log_alpha.shape[0]), dtype=torch.int64)
+
+
+def _fake_uniforms(layers: int, candidates: int, seed: int, step: int, path: int) -> Tensor:
+    return torch.empty((layers, candidates), dtype=torch.float64)
+
+
+def _fake_gumbel_noise(layers: int, candidates: int, seed: int, step: int, path: int, device: torch.device) -> Tensor:
+    return torch.empty((layers, candidates), dtype=torch.float64, device=device)
+
+
+# ---------------------------------------------------------------- gradients
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, statistics, saved = output
+    ctx.mark_non_differentiable(statistics, saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], saved, *inputs[1 : 1 + WEIGHTS])
+    ctx.options = inputs[1 + WEIGHTS :]
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    mask = list(ctx.needs_input_grad[: 1 + WEIGHTS])
+    none = (None,) * len(ctx.options)
+    if dout is None or not any(mask):
+        return (*(None for _ in mask), *none)
+    x, saved, *weights = ctx.saved_tensors
+    return (*torch.ops.tfnas.mbinvres_backward(dout, x, saved, *weights, *ctx.options, mask), *none)
+
+
+def _refuse_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "mbinvres is differentiable once: its backward has no gradient. Use backend='reference' for second derivatives."
+    )
+
+
+if _native.MODULE is not None:
+    torch.library.register_fake("tfnas::mbinvres", _fake_mbinvres)
+    torch.library.register_fake("tfnas::mbinvres_backward", _fake_backward)
+    torch.library.register_fake("tfnas::mbinvres_inference", _fake_inference)
+    torch.library.register_fake("tfnas::sample_paths", _fake_sample_paths)
+    torch.library.register_fake("tfnas::uniforms", _fake_uniforms)
+    torch.library.register_fake("tfnas::gumbel_noise", _fake_gumbel_noise)
+    torch.library.register_autograd("tfnas::mbinvres", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("tfnas::mbinvres_backward", _refuse_double_backward)
+    for device_type in ("cpu", "cuda"):
+        for name in ("mbinvres", "mbinvres_inference"):
+            torch.library.register_autocast(f"tfnas::{name}", device_type, AUTOCAST_DTYPE)
