@@ -59,6 +59,7 @@ PYBIND11_MODULE(_C, m) {
       .def("forward_mixture", &SupernetEngine::forward_mixture, unlocked)
       .def("backward_mixture", &SupernetEngine::backward_mixture, unlocked)
       .def("read_gradients", &SupernetEngine::read_gradients)
+      .def("gradient_buffers", &SupernetEngine::gradient_buffers)
       .def(
           "clip_and_sgd",
           [](SupernetEngine& engine, const SupernetEngine::Weights& weights,

@@ -131,6 +131,28 @@ def test_gradients_are_consumed_and_replaced(engine: str) -> None:
 
 
 @ENGINES
+@pytest.mark.parametrize("same", [False, True])
+def test_gradient_buffers_are_the_gradients(engine: str, same: bool) -> None:
+    """What is done to the buffers is done to every gradient; their sizes depend on choices and widths alone."""
+    sizes = []
+    for seed in (13, 14):
+        case = Case(small_body("sink"), engine, seed=seed)
+        case.engine.set_widths([[c.max_width - 1 for c in layer.candidates] for layer in case.spec.layers])
+        assert case.engine.gradient_buffers() == []
+        choices = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3] if same else [3, 1, 0, 2]])
+        sum(out.pow(2).sum() for out in run_paths(case.engine, case.x, choices, case.v)).backward()
+        before = [grad.clone() for *_, grad in case.engine.read_gradients()]
+        sizes.append([buffer.numel() for buffer in case.engine.gradient_buffers()])
+        for buffer in case.engine.gradient_buffers():
+            buffer.mul_(3)
+        for old, (*_, new) in zip(before, case.engine.read_gradients(), strict=True):
+            torch.testing.assert_close(new, 3 * old)
+        case.engine.clip_and_sgd_(0.1, 0.9, 0, 5, [])
+        assert case.engine.gradient_buffers() == []
+    assert sizes[0] == sizes[1]
+
+
+@ENGINES
 def test_reset_momentum(engine: str) -> None:
     case = Case(small_body("sink"), engine, seed=10)
     run_paths(case.engine, case.x, case.choices, case.v)[0].pow(3).sum().backward()

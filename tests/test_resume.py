@@ -15,11 +15,11 @@ import pytest
 import torch
 from search_cases import assert_equal_bits, results_of, tiny_config, tiny_file
 from tfnas import Callback, search
+from tfnas.callbacks import Record
 from tfnas.checkpoint import LATEST, CheckpointError, has_checkpoint, load_checkpoint, save_checkpoint
 from tfnas.cli import run_command
 from tfnas.config import ConfigError, SearchConfig
 from tfnas.interrupt import SearchInterrupted, StopRequest
-from tfnas.progress import Record
 
 KILLS = 100 if os.environ.get("TFNAS_SLOW") == "1" else 3
 

@@ -22,13 +22,13 @@ from search_cases import (
 from tfnas import Callback, search
 from tfnas.architecture import load_architecture
 from tfnas.bilevel import BilevelSearch, SearchFailed
+from tfnas.callbacks import Record
 from tfnas.checkpoint import load_checkpoint
 from tfnas.cli import run_command as run_here
 from tfnas.config import ConfigError
 from tfnas.config_io import load_config
 from tfnas.latency.lut import LatencyTableError
 from tfnas.latency.lut_io import load_table, save_table
-from tfnas.progress import Record
 from tfnas.run import read_metrics
 from tfnas.scaling import reachable_range_ms
 from tfnas.space_io import load_space

@@ -72,6 +72,14 @@ class SupernetEngine(Protocol):
         """
         ...
 
+    def gradient_buffers(self) -> list[Tensor]:
+        """The buffers with all that `backward_paths` left: change them, by an all-reduce say, and the step follows.
+
+        Not copies, of any shape; elements that belong to no sampled weight may hold anything. Their number, order and
+        sizes depend on `choices` and widths alone, the elements' places too. Empty where no gradient is pending.
+        """
+        ...
+
     def forward_mixture(self, x: Tensor, u: Tensor, v: Tensor | None, with_tape: bool) -> tuple[Tensor, Any | None]:
         """Every layer gives sum_i u[l, i] * op_i(x) (Eq. 3), op_i with its residual; u * x for the identity."""
         ...

@@ -87,6 +87,9 @@ class CudaEngine:
                     found[key] = found[key] + grad if key in found else grad.clone()
         return [(*key, found[key]) for key in sorted(found)]
 
+    def gradient_buffers(self) -> list[Tensor]:
+        return [buffer for path in self._gradients[: self._paths] for layer in path for buffer in layer]
+
     def forward_mixture(
         self, x: Tensor, u: Tensor, v: Tensor | None, with_tape: bool
     ) -> tuple[Tensor, _MixtureTape | None]:

@@ -106,6 +106,10 @@ class NativeEngine:
             found.append((layer, candidate, role, flat.view(shapes[layer, candidate][role].shape)))
         return found
 
+    def gradient_buffers(self) -> list[Tensor]:
+        buffers: list[Tensor] = self._native.gradient_buffers()
+        return buffers
+
     def forward_mixture(self, x: Tensor, u: Tensor, v: Tensor | None, with_tape: bool) -> tuple[Tensor, _Tape | None]:
         self._check(x, v, u)
         out, tape = self._native.forward_mixture(self._weights(), self._enter(x), u.tolist(), _rows(v), with_tape)

@@ -83,6 +83,9 @@ class ReferenceEngine:
         found = sorted((self._gradients or {}).items())
         return [(layer, c, role, grad) for (layer, c), grads in found for role, grad in enumerate(grads)]
 
+    def gradient_buffers(self) -> list[Tensor]:
+        return [grad for grads in (self._gradients or {}).values() for grad in grads]
+
     def forward_mixture(
         self, x: Tensor, u: Tensor, v: Tensor | None, with_tape: bool
     ) -> tuple[Tensor, _MixtureTape | None]:

@@ -69,6 +69,7 @@ void add_pieces(T* weight, T* momentum, const T* gradient, int64_t size, std::ve
 void SupernetEngine::plan_gradients(const std::vector<std::vector<int64_t>>& choices,
                                     const at::TensorOptions& options) {
   entries_.clear();
+  used_.clear();
   buffers_.resize(std::max(buffers_.size(), choices.size()));
   for (size_t p = 0; p < choices.size(); ++p) {
     int64_t used = 0;
@@ -83,6 +84,7 @@ void SupernetEngine::plan_gradients(const std::vector<std::vector<int64_t>>& cho
         used += (size + 15) / 16 * 16;
       }
     }
+    used_.push_back(used);
     at::Tensor& buffer = buffers_[p];
     if (!buffer.defined() || buffer.numel() < used ||
         buffer.scalar_type() != c10::typeMetaToScalarType(options.dtype()))
@@ -117,6 +119,12 @@ std::vector<std::tuple<int64_t, int64_t, int64_t, at::Tensor>> SupernetEngine::r
   for (const GradientEntry& entry : entries_)
     result.emplace_back(entry.layer, entry.candidate, entry.role,
                         buffers_[entry.path].narrow(0, entry.offset, entry.size).clone());
+  return result;
+}
+
+std::vector<at::Tensor> SupernetEngine::gradient_buffers() const {
+  std::vector<at::Tensor> result;
+  for (size_t p = 0; pending_ && p < used_.size(); ++p) result.push_back(buffers_[p].narrow(0, 0, used_[p]));
   return result;
 }
 

@@ -103,6 +103,8 @@ class SupernetEngine {
 
   // (layer, candidate, role, flat gradient) of all pending gradients, copied.
   std::vector<std::tuple<int64_t, int64_t, int64_t, at::Tensor>> read_gradients() const;
+  // One range per path with all pending gradients in it, not copied; what lies between them may be anything.
+  std::vector<at::Tensor> gradient_buffers() const;
   // Clips by the norm of all pending gradients and those of `dense` (parameter, gradient, momentum, ...;
   // contiguous alike), then SGD on the sampled widths and on `dense`. Returns the norm; consumes the
   // gradients.
@@ -121,6 +123,7 @@ class SupernetEngine {
   std::shared_ptr<struct TapePool> pool_;
   std::vector<GradientEntry> entries_;
   std::vector<at::Tensor> buffers_;  // one per path
+  std::vector<int64_t> used_;        // elements of each in use
   bool pending_ = false;
 };
 

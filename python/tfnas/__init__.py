@@ -10,14 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tfnas.callbacks import Callback as Callback
     from tfnas.config import SearchConfig as SearchConfig
     from tfnas.config_io import load_config as load_config
     from tfnas.pipeline import SearchResult as SearchResult
     from tfnas.pipeline import search as search
-    from tfnas.progress import Callback as Callback
 
 _HOME = {
-    "Callback": "progress",
+    "Callback": "callbacks",
     "SearchConfig": "config",
     "SearchResult": "pipeline",
     "load_config": "config_io",

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tfnas.architecture import Architecture
-from tfnas.checkpoint import CheckpointError, save_checkpoint
+from tfnas.callbacks import Record, Reporter
 from tfnas.config import SearchConfig
 from tfnas.data import DataBundle
 from tfnas.derive import derive, kept_layers
-from tfnas.interrupt import SearchInterrupted, StopRequest
+from tfnas.interrupt import SearchInterrupted
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.objective import expected_latency_ms, latency_objective, layer_latencies_ms
-from tfnas.pace import Pace
-from tfnas.progress import Callback, Record
-from tfnas.run import MetricsFile
+from tfnas.loop import RunFailed, RunLoop
+from tfnas.processes import ALONE, Processes
 from tfnas.scaling import fit_widths
 from tfnas.schedule import is_warmup, learning_rate, temperature
 from tfnas.space_io import space_to_dict
@@ -41,8 +39,8 @@ from tfnas_ext.sampling import gumbel_softmax_weights, sample_paths
 _EVALUATION_STREAM = 0x2545F4914F6CDD1D
 
 
-class SearchFailed(RuntimeError):
-    """The search cannot go on: the loss is not finite, or memory ran out. The last good checkpoint is kept."""
+class SearchFailed(RunFailed):
+    """The search cannot go on; the last good checkpoint is kept."""
 
 
 @dataclass
@@ -56,8 +54,13 @@ class EpochSums:
     correct: int = 0
 
 
-class BilevelSearch:
+class BilevelSearch(RunLoop):
     """Runs the epochs of one search."""
+
+    noun = "search"
+    failed = SearchFailed
+    interrupted = SearchInterrupted
+    memory_advice = "Lower batch_size"
 
     def __init__(
         self,
@@ -67,17 +70,27 @@ class BilevelSearch:
         table: LatencyTable,
         target: Target,
         folder: Path,
-        metrics: MetricsFile,
-        callbacks: Sequence[Callback],
+        reporter: Reporter,
         state: Mapping[str, Any] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """`state` is a checkpoint to go on from (`load_checkpoint`); the supernet is then overwritten by it."""
-        self.config, self.supernet, self.data = config, supernet, data
-        self.table, self.target, self.folder = table, target, folder
-        self.metrics, self.callbacks = metrics, callbacks
+        super().__init__(
+            epochs=config.epochs,
+            steps_per_epoch=config.steps_per_epoch or len(data.train),
+            warmup_epochs=config.warmup_epochs,
+            images_per_step=config.batch_size * processes.world_size,
+            checkpoint=config.checkpoint,
+            log_every_steps=config.log.every_steps,
+            device=supernet.log_alpha.device,
+            folder=folder,
+            reporter=reporter,
+            processes=processes,
+        )
+        self.config, self.supernet = config, supernet
+        self.train_data, self.held_out_data = data.train, data.held_out.for_batch_norm()
+        self.table, self.target = table, target
         self.space = supernet.space
-        self.steps_per_epoch = config.steps_per_epoch or len(data.train)
-        self.step = 0
         self.architecture_steps = 0
         self.sums = EpochSums()
         self.adam = self._new_adam()
@@ -85,88 +98,61 @@ class BilevelSearch:
         if state is not None:
             self._restore(state)
         self._refresh_latencies()
-        self._unread: list[tuple[int, int, Tensor]] = []
-        self._pace = Pace(config.warmup_epochs * self.steps_per_epoch, self.total_steps)
-        self._saved_at = time.monotonic()
 
-    @property
-    def total_steps(self) -> int:
-        """Weight steps of the whole search."""
-        return self.config.epochs * self.steps_per_epoch
-
-    def run(self) -> None:
-        """Search to the end. Raises `SearchInterrupted` (after a checkpoint) and `SearchFailed`."""
-        with StopRequest() as stop:
-            try:
-                while self.step < self.total_steps:
-                    epoch = self.step // self.steps_per_epoch
-                    self._train(epoch, stop)
-                    self._finish(epoch)
-                    self._checkpoint()
-                    if stop.signal_number is not None:
-                        self._interrupted(stop.signal_number)
-            except torch.OutOfMemoryError as error:
-                raise SearchFailed(self._memory_message(error)) from error
-
-    def _train(self, epoch: int, stop: StopRequest) -> None:
-        """The weight and architecture steps of `epoch`, from the current step on."""
-        config, first = self.config, self.step % self.steps_per_epoch
+    def _begin(self, epoch: int, first: int) -> None:
+        config = self.config
         if first == 0:
             self.sums = EpochSums()
             if config.weights.restart_each_epoch:
                 self.supernet.reset_momentum_()
             if config.architecture.restart_each_epoch:
                 self.adam = self._new_adam()
-        warmup, tau, lr = is_warmup(config, epoch), temperature(config, epoch), learning_rate(config, epoch)
-        second = "none" if warmup else config.sampling.second_path
-        training = self.data.train.stream(self.step)
-        held_out = self.data.held_out.stream(self.architecture_steps)
-        self._pace.start(self.step)
-        for position in range(first, self.steps_per_epoch):
-            self._weight_step(*next(training), tau, lr, second)
-            if not warmup and (position + 1) % config.architecture.every_steps == 0:
-                self._architecture_step(held_out, tau)
-            self.step += 1
-            if self.step % config.log.every_steps == 0:
-                self._log_step(epoch)
-            if position + 1 < self.steps_per_epoch:
-                if stop.signal_number is not None:
-                    self._checkpoint()
-                    self._interrupted(stop.signal_number)
-                if self._checkpoint_due():
-                    self._checkpoint()
-        self._read_back()
+        self._warmup, self._tau, self._lr = (
+            is_warmup(config, epoch),
+            temperature(config, epoch),
+            learning_rate(config, epoch),
+        )
+        self._training = self.train_data.stream(self.step)
+        self._held_out = self.held_out_data.stream(self.architecture_steps)
 
-    def _weight_step(self, images: Tensor, labels: Tensor, tau: float, lr: float, second: str) -> None:
-        net, weights = self.supernet, self.config.weights
-        choices = sample_paths(net.log_alpha, tau, self.config.seed, self.step, second, net.alpha_mask)
+    def _take_step(self, position: int) -> None:
+        self._weight_step(*next(self._training))
+        if not self._warmup and (position + 1) % self.config.architecture.every_steps == 0:
+            self._architecture_step(*next(self._held_out))
+
+    def _weight_step(self, images: Tensor, labels: Tensor) -> None:
+        net, config = self.supernet, self.config
+        second = "none" if self._warmup else config.sampling.second_path
         done = weight_step(
             net,
             images,
             labels,
-            choices,
-            lr=lr,
-            momentum=weights.momentum,
-            weight_decay=weights.weight_decay,
-            max_norm=weights.max_norm,
+            sample_paths(net.log_alpha, self._tau, config.seed, self.step, second, net.alpha_mask),
+            lr=self._lr,
+            momentum=config.weights.momentum,
+            weight_decay=config.weights.weight_decay,
+            max_norm=config.weights.max_norm,
+            processes=self.processes,
         )
-        self._keep(done.losses, done.norm, done.correct[0], len(labels))
-        self._pace.count(len(labels))
+        figures = [done.images[None], done.correct[:1], done.norm[None], done.losses]
+        self._keep("weight", torch.cat([figure.double() for figure in figures]))
+        self._pace.count(len(labels) * self.processes.world_size)
 
-    def _architecture_step(self, held_out: Iterator[tuple[Tensor, Tensor]], tau: float) -> None:
-        net = self.supernet
-        images, labels = next(held_out)
+    def _architecture_step(self, images: Tensor, labels: Tensor) -> None:
+        net, config = self.supernet, self.config
         done = architecture_step(
             net,
             self.adam,
             images,
             labels,
-            gumbel_softmax_weights(net.log_alpha, tau, self.config.seed, self.step, net.alpha_mask),
+            gumbel_softmax_weights(net.log_alpha, self._tau, config.seed, self.step, net.alpha_mask),
             self._latency_term,
-            max_norm=self.config.architecture.max_norm,
+            max_norm=config.architecture.max_norm,
+            processes=self.processes,
         )
         self.architecture_steps += 1
-        self._keep((done.cross_entropy + done.latency_term)[None], done.norm, done.correct, 0)
+        figures = [done.correct, done.norm, done.cross_entropy + done.latency_term]
+        self._keep("architecture", torch.stack([figure.double() for figure in figures]))
 
     def _latency_term(self, u: Tensor, v: Tensor) -> Tensor:
         """lambda * C(LAT) of the mixture, 0-d."""
@@ -180,32 +166,20 @@ class BilevelSearch:
             exponent=objective.exponent,
         )
 
-    def _keep(self, losses: Tensor, norm: Tensor, correct: Tensor, images: int) -> None:
-        """Remember a step's figures on the device; `images` is 0 for an architecture step."""
-        figures = torch.cat([losses.detach().double(), norm.double()[None], correct.double()[None]])
-        self._unread.append((self.step, images, figures))
-
-    def _read_back(self) -> None:
-        """Bring the figures since the last call to the host; raises `SearchFailed` at the first that is not finite."""
-        unread, self._unread = self._unread, []
-        if not unread:
-            return
-        values = torch.cat([figures for _, _, figures in unread]).tolist()
-        for step, images, figures in unread:
-            row, values = values[: len(figures)], values[len(figures) :]
-            *losses, norm, correct = row
-            if not all(map(math.isfinite, row)):
-                kind = "weight" if images else "architecture"
-                raise SearchFailed(
-                    f"{kind} step {step} is not finite: loss {losses[0]}, gradient norm {norm}. The last good "
-                    f"checkpoint stays in {self.folder}; a lower {'weights' if images else 'architecture'}.lr may help"
-                )
-            if images:
-                self.sums.images += images
-                self.sums.steps += 1
-                self.sums.loss += losses[0]
-                self.sums.second_loss += sum(losses[1:])
-                self.sums.correct += int(correct)
+    def _account(self, step: int, kind: str, figures: list[float]) -> None:
+        of_weights = kind == "weight"
+        correct, norm, *losses = figures[1:] if of_weights else figures
+        if not all(map(math.isfinite, figures)):
+            raise SearchFailed(
+                f"{kind} step {step} is not finite: loss {losses[0]}, gradient norm {norm}. The last good "
+                f"checkpoint stays in {self.folder}; a lower {'weights' if of_weights else 'architecture'}.lr may help"
+            )
+        if of_weights:
+            self.sums.images += int(figures[0])
+            self.sums.steps += 1
+            self.sums.loss += losses[0]
+            self.sums.second_loss += sum(losses[1:])
+            self.sums.correct += int(correct)
 
     def _finish(self, epoch: int) -> None:
         """What follows an epoch's steps: elasticity scaling, held-out accuracy, the epoch's record."""
@@ -230,9 +204,7 @@ class BilevelSearch:
             "derived": [[op.candidate for op in ops] for ops in network.stages],
             "widths": self.supernet.widths,
         }
-        self.metrics.append(record)
-        for callback in self.callbacks:
-            callback.on_epoch(record)
+        self.reporter.record(record)
 
     def _scale(self) -> Record:
         """Elasticity scaling (Algorithm 1) of the derived seed network, written back into the supernet."""
@@ -264,26 +236,22 @@ class BilevelSearch:
     def held_out_accuracy(self) -> float:
         """Share of held-out images that sampled (Gumbel) paths of the supernet classify right."""
         net, seed = self.supernet, self.config.seed ^ _EVALUATION_STREAM
-        right: list[Tensor] = []
-        images_seen = 0
-        batches = self.data.held_out.epoch(0)
+        right, seen = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        batches = self.held_out_data.epoch(0)
         for index, (images, labels) in enumerate(itertools.islice(batches, self.config.log.held_out_batches)):
             # The temperature does not matter for which path is drawn.
-            number = self.step * len(self.data.held_out) + index
+            number = self.step * len(self.held_out_data) + index
             choices = sample_paths(net.log_alpha, 1.0, seed, number, "none", net.alpha_mask)
-            right.append(evaluation_step(net, images, labels, choices))
-            images_seen += len(labels)
-        return float(torch.cat(right).sum()) / images_seen
+            right += evaluation_step(net, images, labels, choices).sum()
+            seen += len(labels)
+        self.processes.reduce_([], [right, seen])
+        return float(right) / float(seen)
 
-    def _log_step(self, epoch: int) -> None:
-        self._read_back()
-        record = self._record("step", epoch) | {
+    def _step_record(self, epoch: int) -> Record:
+        return self._record("step", epoch) | {
             "expected_latency_ms": self.expected_latency_ms(),
             "derived_latency_ms": self.derived_latency_ms,
         }
-        self.metrics.append(record)
-        for callback in self.callbacks:
-            callback.on_step(record)
 
     def _record(self, kind: str, epoch: int) -> Record:
         """What steps and epochs tell alike; loss and accuracy are the epoch's so far, of the Gumbel path."""
@@ -300,68 +268,41 @@ class BilevelSearch:
             "time_left_s": self._pace.time_left_s(self.step),
         }
 
-    def _checkpoint_due(self) -> bool:
-        every = self.config.checkpoint
-        if every.every_steps is not None and self.step % every.every_steps == 0:
-            return True
-        return every.every_s is not None and time.monotonic() - self._saved_at >= every.every_s
+    def _identity(self) -> dict[str, Any]:
+        return {"space": space_to_dict(self.space), "target_latency_ms": self.target.target_latency_ms}
 
-    def _checkpoint(self) -> None:
-        """Write all that the rest of the search depends on, after making sure that it is finite."""
-        self._read_back()
-        state = {
-            "space": space_to_dict(self.space),
-            "target_latency_ms": self.target.target_latency_ms,
-            "threads": torch.get_num_threads(),
-            "step": self.step,
-            "steps_per_epoch": self.steps_per_epoch,
+    def _state(self) -> dict[str, Any]:
+        return {
             "architecture_steps": self.architecture_steps,
             "sums": asdict(self.sums),
             "derived_latency_ms": self.derived_latency_ms,
             "supernet": self.supernet.checkpoint_state(),
             "adam": self.adam.state_dict(),
-            "metrics_bytes": self.metrics.flush(),
         }
-        save_checkpoint(self.folder, state)
-        self._saved_at = time.monotonic()
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Take over a checkpoint."""
-        here = {
-            "space": space_to_dict(self.space),
-            "target_latency_ms": self.target.target_latency_ms,
-            "steps_per_epoch": self.steps_per_epoch,
-        }
-        for key, value in here.items():
-            if state[key] != value:
-                raise CheckpointError(
-                    f"the checkpoint in {self.folder} belongs to another search: its {key} is {state[key]}, here "
-                    f"{value}"
-                )
+    def _load_state(self, state: Mapping[str, Any]) -> None:
         self.supernet.load_checkpoint_state(state["supernet"])
         self.adam.load_state_dict(state["adam"])
-        self.step, self.architecture_steps = state["step"], state["architecture_steps"]
+        self.architecture_steps = state["architecture_steps"]
         self.sums = EpochSums(**state["sums"])
         self.derived_latency_ms = state["derived_latency_ms"]
+
+    def _values(self) -> dict[str, Iterable[Tensor | str]]:
+        net = self.supernet
+        return {
+            "weights": net.state_dict().values(),
+            "momentum": net.optimizer_state().values(),
+            "log_alpha": [net.log_alpha],
+            "log_beta": [net.log_beta],
+            "Adam's moments": [t for state in self.adam.state.values() for t in state.values()],
+            "widths": [str(net.widths)],
+            "step": [str((self.step, self.architecture_steps))],
+        }
 
     def _new_adam(self) -> torch.optim.Adam:
         adam = self.config.architecture
         parameters = self.supernet.architecture_parameters()
         return torch.optim.Adam(parameters, lr=adam.lr, betas=adam.betas, weight_decay=adam.weight_decay)
-
-    def _interrupted(self, signal_number: int) -> NoReturn:
-        raise SearchInterrupted(
-            signal_number,
-            f"stopped at step {self.step} of {self.total_steps}; go on with --resume --output {self.folder}",
-        )
-
-    def _memory_message(self, error: torch.OutOfMemoryError) -> str:
-        device = self.supernet.log_alpha.device
-        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else math.nan
-        return (
-            f"out of memory at step {self.step} with batch_size {self.config.batch_size} (peak {peak:.2f} GiB): {error}"
-            ". Lower batch_size; the last checkpoint is kept"
-        )
 
 
 def _finite_rows(values: Tensor) -> list[list[float | None]]:

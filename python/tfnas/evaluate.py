@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tfnas.processes import ALONE, Processes
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -24,34 +26,42 @@ class Accuracy:
 
 
 @torch.no_grad()
-def evaluate_network(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str) -> Accuracy:
-    """Accuracy of `network`, in evaluation mode, which it is left in as it was found.
+def evaluate_network(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: str,
+    processes: Processes = ALONE,
+) -> Accuracy:
+    """Accuracy of `network` in evaluation mode; it is left in the mode it was found in.
 
     Args:
-        batches: Images [N, C, H, W] and int64 labels [N], on the network's device; at least one.
+        batches: Images [N, C, H, W] and int64 labels [N], on the network's device; at least one image in all.
         precision: `float32`, or `bfloat16` for autocast.
+        processes: Each brings batches of its own, perhaps none; the accuracy is that of all.
     """
     was_training = network.training
     network.eval()
-    sums: Tensor | None = None
-    images_seen, classes = 0, 0
+    sums = torch.zeros(5, dtype=torch.float64, device=next(network.parameters(), torch.empty(0)).device)
     for images, labels in batches:
+        if not len(labels):
+            continue
         logits = logits_of(network, images, precision)
         classes = logits.shape[1]
         right = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        row = torch.stack([loss.double(), right[:, 0].sum().double(), right.sum().double()])
-        sums = row if sums is None else sums + row
-        images_seen += len(labels)
+        row = [loss.double(), right[:, 0].sum().double(), right.sum().double()]
+        many_classes = torch.full_like(row[0], float(classes > 5))
+        sums += torch.stack([*row, torch.full_like(row[0], len(labels)), many_classes])
     network.train(was_training)
-    if sums is None:
-        raise ValueError("batches: expected at least one, got none")
-    loss_sum, first, among_five = sums.tolist()
+    processes.reduce_([], [sums])
+    loss_sum, first, among_five, images_seen, with_five = sums.tolist()
+    if not images_seen:
+        raise ValueError("batches: expected at least one image, got none")
     return Accuracy(
-        images=images_seen,
+        images=int(images_seen),
         loss=loss_sum / images_seen,
         top1=first / images_seen,
-        top5=among_five / images_seen if classes > 5 else None,
+        top5=among_five / images_seen if with_five else None,
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,13 +21,16 @@ from tfnas.architecture import (
     save_architecture,
 )
 from tfnas.bilevel import BilevelSearch
-from tfnas.checkpoint import has_checkpoint, load_checkpoint
+from tfnas.callbacks import Callback, Record, Reporter
 from tfnas.config import ConfigError, DatasetConfig, SearchConfig
+from tfnas.config_io import SEARCH, config_to_dict
 from tfnas.data import DataBundle, DataOptions, build_data
 from tfnas.derive import Derivation, derive, derive_within_target, kept_layers
 from tfnas.latency.lut import LatencyTable
-from tfnas.progress import Callback, Record, default_progress
-from tfnas.run import ARCHITECTURE_FILE, METRICS_FILE, TABLE_FILE, MetricsFile, RunFolder
+from tfnas.processes import Processes, is_shared_run, local_rank, open_processes
+from tfnas.progress import default_progress
+from tfnas.resume import open_run, stored_state
+from tfnas.run import ARCHITECTURE_FILE, TABLE_FILE
 from tfnas.scaling import fit_widths
 from tfnas.space import Space
 from tfnas.space_io import load_space
@@ -59,6 +62,9 @@ class SearchResult:
 def search(config: SearchConfig, callbacks: Sequence[Callback] | None = None) -> SearchResult:
     """Run or resume a search; the run folder holds everything that it finds.
 
+    Started by `torchrun` in several processes, each takes `batch_size` images of every step and gradients are averaged;
+    the first one writes and tells the callbacks, all return the result.
+
     Args:
         config: What to search, where and how; see `SearchConfig`.
         callbacks: Who is told; None shows progress on standard output.
@@ -67,61 +73,83 @@ def search(config: SearchConfig, callbacks: Sequence[Callback] | None = None) ->
         ConfigError (a ValueError): a configuration that cannot be used; `TargetOutOfReach` among them.
         ValueError, OSError: data, table, space or checkpoint that cannot be used; the message says which and why.
         SearchInterrupted (a KeyboardInterrupt): stopped by a signal, after a checkpoint.
-        SearchFailed: a loss that is not finite, or not enough memory.
+        SearchFailed: a loss that is not finite, not enough memory, or processes that no longer hold the same values.
+        ProcessFailed: another process of this run failed or ended.
 
-    On a CPU the result repeats bit for bit with the same configuration, table and number of threads (measured
-    latencies aside).
+    On a CPU the result repeats bit for bit with the same configuration, table and numbers of threads and processes
+    (measured latencies aside).
     """
-    callbacks = [default_progress()] if callbacks is None else list(callbacks)
+    with _prepared(config, callbacks) as ready:
+        ready.loop.run()
+        return _end(ready)
+
+
+def warm_up(config: SearchConfig, callbacks: Sequence[Callback] | None = None) -> None:
+    """The warm-up epochs of a search alone, resumable, up to the checkpoint after them; raises as `search` does."""
+    with _prepared(config, callbacks) as ready:
+        ready.loop.run(config.warmup_epochs)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    config: SearchConfig
+    space: Space
+    loop: BilevelSearch
+    reporter: Reporter
+    processes: Processes
+    start_s: float
+
+
+@contextmanager
+def _prepared(config: SearchConfig, callbacks: Sequence[Callback] | None) -> Iterator[_Prepared]:
+    """Everything in place for the first step, or the next one of a resumed run."""
     start_s = time.monotonic()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     with ExitStack() as stack:
-        for callback in callbacks:
-            stack.callback(callback.close)
-        folder = stack.enter_context(RunFolder.open(config, stem=Path(config.space).stem))
-        config = dataclasses.replace(config, output=str(folder.path))
-        say = _Announce(callbacks)
-        state = _stored_state(config, folder, device, say)
+        processes = stack.enter_context(open_processes(device))
+        reporter = Reporter([default_progress()] if callbacks is None else callbacks, mute=not processes.is_first)
+        stack.callback(reporter.close)
+        folder = open_run(config, SEARCH, Path(config.space).stem, processes, stack)
+        config = dataclasses.replace(config, output=str(folder))
+        reporter.config(config_to_dict(config))
+        state = stored_state(config, folder, device, processes, reporter.say)
         data_space = load_space(config.space, _space_overrides(config))
-        data = build_data(data_options(config, data_space, device), config.seed)
+        options = data_options(config, data_space, device)
+        data = build_data(options, config.seed, rank=processes.rank, world_size=processes.world_size)
         for text in data.skipped:
-            say(text)
+            reporter.say(text)
         space = dataclasses.replace(data_space, num_classes=config.num_classes or data.num_classes)
-        table = obtain_table(config, space, device, folder.path / TABLE_FILE, say)
+        table = processes.from_first(lambda: obtain_table(config, space, device, folder / TABLE_FILE, reporter.say))
         target = choose_target(space, table, config.target_latency_ms)
         supernet = make_supernet(config, dataclasses.replace(space, num_classes=data.num_classes), device)
-        metrics = MetricsFile(folder.path / METRICS_FILE, state["metrics_bytes"] if state else 0)
-        stack.callback(metrics.close)
-        loop = BilevelSearch(config, supernet, data, table, target, folder.path, metrics, callbacks, state)
-        start = _start_record(config, loop, data, device)
-        if state is None:
-            metrics.append(start)
-        for callback in callbacks:
-            callback.on_start(start)
-        loop.run()
-        result, end = _end(config, supernet, space, table, target, folder.path, say)
-        end["seconds"] = time.monotonic() - start_s
-        metrics.append(end)
-        for callback in callbacks:
-            callback.on_end(end)
-    return result
+        reporter.open(folder, state["metrics_bytes"] if state else 0)
+        loop = BilevelSearch(config, supernet, data, table, target, folder, reporter, state, processes)
+        reporter.record(_start_record(config, loop, data, device), write=state is None)
+        yield _Prepared(config, space, loop, reporter, processes, start_s)
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a device, else the CPU. A `ConfigError` says why a named device cannot be used."""
+    """`auto` is CUDA where there is a device, else the CPU. A `ConfigError` says why a named device cannot be used.
+
+    Of several processes each takes the GPU that has its number on the machine.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and is_shared_run():
+        if device.index is not None:
+            raise ConfigError(f"device: every process has a GPU of its own, so name cuda, not {name}")
+        device = torch.device("cuda", local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device: {name} asked for, but this torch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs"
+            f"device: {device} asked for, but this torch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs"
         )
     return device
 
@@ -159,33 +187,9 @@ def make_supernet(config: SearchConfig, space: Space, device: torch.device) -> S
     return supernet.to(device)
 
 
-class _Announce:
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self._callbacks = callbacks
-
-    def __call__(self, text: str) -> None:
-        for callback in self._callbacks:
-            callback.on_message(text)
-
-
 def _space_overrides(config: SearchConfig) -> dict[str, Any]:
     overrides = {"resolution": config.resolution, "image_channels": config.image_channels}
     return {key: value for key, value in overrides.items() if value is not None}
-
-
-def _stored_state(
-    config: SearchConfig, folder: RunFolder, device: torch.device, say: _Announce
-) -> dict[str, Any] | None:
-    """The checkpoint to go on from, if `resume` is on and there is one; its number of threads is taken over."""
-    if not config.resume or not has_checkpoint(folder.path):
-        return None
-    state, remarks = load_checkpoint(folder.path, device)
-    for remark in remarks:
-        say(f"warning: {remark}; going on from the checkpoint before")
-    if state["threads"] != torch.get_num_threads():
-        say(f"{state['threads']} CPU threads, as the run had before the interruption")
-        torch.set_num_threads(state["threads"])
-    return state
 
 
 def _start_record(config: SearchConfig, loop: BilevelSearch, data: DataBundle, device: torch.device) -> Record:
@@ -207,25 +211,21 @@ def _start_record(config: SearchConfig, loop: BilevelSearch, data: DataBundle, d
         "epochs": config.epochs,
         "warmup_epochs": config.warmup_epochs,
         "steps_per_epoch": loop.steps_per_epoch,
+        "images_per_step": loop.images_per_step,
+        "processes": loop.processes.world_size,
         "step": loop.step,
         "versions": software_versions(),
     }
 
 
-def _end(
-    config: SearchConfig,
-    supernet: Supernet,
-    space: Space,
-    table: LatencyTable,
-    target: Target,
-    folder: Path,
-    say: _Announce,
-) -> tuple[SearchResult, Record]:
+def _end(ready: _Prepared) -> SearchResult:
     """Derive the network, measure it, write it down."""
-    found = _derivation(config, supernet, space, table, target)
+    config, loop, folder = ready.config, ready.loop, ready.loop.folder
+    table, target = loop.table, loop.target
+    found = _derivation(config, loop.supernet, ready.space, table, target)
     arch = found.architecture
-    say("measuring the derived network")
-    measured, not_measured_because = measured_latency_ms(arch, table)
+    ready.reporter.say("measuring the derived network")
+    measured, not_measured_because = ready.processes.from_first(lambda: measured_latency_ms(arch, table))
     facts: Record = {
         "target_latency_ms": target.target_latency_ms,
         "lut_latency_ms": found.lut_latency_ms,
@@ -238,25 +238,29 @@ def _end(
     unrepaired = None
     if found.unrepaired is not None:
         unrepaired = {"lut_latency_ms": found.unrepaired_latency_ms, **architecture_to_dict(found.unrepaired)}
-    save_architecture(
-        folder / ARCHITECTURE_FILE,
-        arch,
-        **facts,
-        unrepaired=unrepaired,
-        seed=config.seed,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions={name: version for name, version in software_versions().items() if version is not None},
-        details=details,
+    if ready.processes.is_first:
+        save_architecture(
+            folder / ARCHITECTURE_FILE,
+            arch,
+            **facts,
+            unrepaired=unrepaired,
+            seed=config.seed,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            versions={name: version for name, version in software_versions().items() if version is not None},
+            details=details,
+        )
+    ready.reporter.record(
+        {
+            "kind": "end",
+            **facts,
+            "not_measured_because": not_measured_because,
+            "multiply_adds": count_multiply_adds(arch),
+            "parameters": count_parameters(arch),
+            "architecture_file": str(folder / ARCHITECTURE_FILE),
+            "seconds": time.monotonic() - ready.start_s,
+        }
     )
-    record = {
-        "kind": "end",
-        **facts,
-        "not_measured_because": not_measured_because,
-        "multiply_adds": count_multiply_adds(arch),
-        "parameters": count_parameters(arch),
-        "architecture_file": str(folder / ARCHITECTURE_FILE),
-    }
-    result = SearchResult(
+    return SearchResult(
         architecture=arch,
         target_latency_ms=target.target_latency_ms,
         reachable_range_ms=target.reachable_range_ms,
@@ -265,9 +269,8 @@ def _end(
         repaired=found.repaired,
         met=found.is_within(target.target_latency_ms, config.tolerance),
         folder=folder,
-        supernet=supernet,
+        supernet=loop.supernet,
     )
-    return result, record
 
 
 def _derivation(

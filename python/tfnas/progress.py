@@ -5,43 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-Record = dict[str, Any]
-
-
-class Callback:
-    """Receives the records of a search or a training; override what you need.
-
-    Records are plain dicts, the same as the lines of `metrics.jsonl`: `on_start` gets the run's facts (`kind`
-    "start"), `on_step` one record every `log.every_steps` weight steps ("step"), `on_epoch` one per epoch ("epoch"),
-    `on_end` the result ("end"), `on_message` a sentence for people. A tracker is a few lines:
-
-        class Tracker(Callback):
-            def on_epoch(self, record):
-                wandb.log(record)
-    """
-
-    def on_start(self, record: Record) -> None:
-        """The search begins or goes on: target, reachable range, steps, backend."""
-
-    def on_step(self, record: Record) -> None:
-        """Some weight steps are done."""
-
-    def on_epoch(self, record: Record) -> None:
-        """An epoch is done."""
-
-    def on_end(self, record: Record) -> None:
-        """The derived network is written."""
-
-    def on_message(self, text: str) -> None:
-        """A remark or a warning."""
-
-    def close(self) -> None:
-        """The search has ended, by whatever cause."""
+from tfnas.callbacks import Callback, Record
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .processes import ALONE, Processes
 from .supernet import Supernet
 
 
 class WeightStep(NamedTuple):
-    """What the sampled paths gave before the step: `losses` [P], `correct` [P] (counts), gradient `norm` (0-d)."""
+    """What the sampled paths gave before the step: `losses` [P], `correct` [P] of `images` (counts), gradient `norm`.
+
+    With several processes: of all of them together, the losses averaged.
+    """
 
     losses: Tensor
     correct: Tensor
+    images: Tensor
     norm: Tensor
 
 
@@ -42,6 +47,7 @@ def weight_step(
     momentum: float = 0.9,
     weight_decay: float = 1e-5,
     max_norm: float = 5.0,
+    processes: Processes = ALONE,
 ) -> WeightStep:
     """One SGD step on the sum of the sampled paths' cross entropies, with one backward (Eq. 8).
 
@@ -53,15 +59,21 @@ def weight_step(
         labels: int64 [N].
         choices: int64 [P, L], a candidate for each layer of each path (`tfnas_ext.sampling.sample_paths`).
         lr, momentum, weight_decay, max_norm: of SGD as in PyTorch, and of the clipping.
+        processes: who shares the step, each with images of its own and the same `choices`: gradients are averaged over
+            them, by one all-reduce, before they are clipped. Batch norms are each process's own.
     """
     logits = supernet.forward_paths(images, choices)
     losses = torch.stack([F.cross_entropy(path, labels) for path in logits])
     dense = supernet.dense_parameters()
     grads = torch.autograd.grad(losses.sum(), dense)
+    losses = losses.detach()
+    correct = torch.stack([_correct(path, labels) for path in logits])
+    count = torch.full_like(correct[0], len(labels))
+    if processes.world_size > 1:
+        processes.reduce_([*grads, *supernet.engine.gradient_buffers(), losses], [correct, count])
     rows = [(p.detach(), g, m) for p, g, m in zip(dense, grads, supernet.dense_momenta(), strict=True)]
     norm = supernet.engine.clip_and_sgd_(lr, momentum, weight_decay, max_norm, rows)
-    correct = torch.stack([_correct(path, labels) for path in logits])
-    return WeightStep(losses.detach(), correct, norm)
+    return WeightStep(losses, correct, count, norm)
 
 
 def architecture_step(
@@ -73,6 +85,7 @@ def architecture_step(
     latency_term: Callable[[Tensor, Tensor], Tensor],
     *,
     max_norm: float = 5.0,
+    processes: Processes = ALONE,
 ) -> ArchitectureStep:
     """One step of `optimizer` on cross entropy of the mixture + latency term, with respect to alpha and beta (Eq. 7).
 
@@ -85,6 +98,7 @@ def architecture_step(
         u: [L, C], the mixture's weights as a differentiable function of `supernet.log_alpha`, with fresh noise
             (`tfnas_ext.sampling.gumbel_softmax_weights`, Eq. 3).
         latency_term: maps u and v (`Supernet.depth_weights`) to lambda * C(LAT), 0-d and differentiable.
+        processes: as for `weight_step`; `u` is the same in all.
     """
     v = supernet.depth_weights()
     logits = supernet.forward_mixture(images, u, v)
@@ -92,6 +106,8 @@ def architecture_step(
     latency = latency_term(u, v)
     parameters = supernet.architecture_parameters()
     grads = torch.autograd.grad(cross_entropy + latency, parameters, allow_unused=True, materialize_grads=True)
+    cross_entropy, correct = cross_entropy.detach(), _correct(logits, labels)
+    processes.reduce_([*grads, cross_entropy], [correct])
     masks = (supernet.alpha_mask, supernet.beta_mask)
     for parameter, grad, mask in zip(parameters, grads, masks, strict=True):
         parameter.grad = grad
@@ -101,7 +117,7 @@ def architecture_step(
     optimizer.step()
     supernet.renormalize_()
     optimizer.zero_grad(set_to_none=True)
-    return ArchitectureStep(cross_entropy.detach(), latency.detach(), _correct(logits, labels), norm)
+    return ArchitectureStep(cross_entropy, latency.detach(), correct, norm)
 
 
 @torch.no_grad()

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tfnas.architecture import Architecture, count_multiply_adds, count_parameters, load_architecture, save_architecture
-from tfnas.checkpoint import has_checkpoint, load_checkpoint
+from tfnas.callbacks import Callback, Record, Reporter
 from tfnas.config import ConfigError
+from tfnas.config_io import config_to_dict
 from tfnas.data import DataBundle, build_data
 from tfnas.evaluate import Accuracy, evaluate_network
 from tfnas.network import Network, build_network
 from tfnas.pipeline import choose_device, data_options
-from tfnas.progress import Callback, Record, default_progress
-from tfnas.run import ARCHITECTURE_FILE, METRICS_FILE, MetricsFile, RunFolder
+from tfnas.processes import Processes, open_processes
+from tfnas.progress import default_progress
+from tfnas.resume import open_run, stored_state
+from tfnas.run import ARCHITECTURE_FILE
 from tfnas.train_config import TRAIN, TrainConfig
 from tfnas.train_loop import BEST_FILE, TrainLoop
 from tfnas.train_progress import TRAINING
@@ -50,6 +52,9 @@ class TrainResult:
 def train(config: TrainConfig, callbacks: Sequence[Callback] | None = None) -> TrainResult:
     """Train or resume the training of one network.
 
+    Started by `torchrun` in several processes, each takes `batch_size` images of every pass (DistributedDataParallel);
+    the first one writes and tells the callbacks, all return the result.
+
     The classifier gets as many outputs as the data has classes, whatever the architecture file says.
 
     Args:
@@ -60,49 +65,54 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] | None = None) -> T
         ConfigError (a ValueError): a configuration that cannot be used.
         ValueError, OSError: data, architecture or checkpoint that cannot be used; the message says which and why.
         TrainingInterrupted (a KeyboardInterrupt): stopped by a signal, after a checkpoint.
-        TrainingFailed: a loss that is not finite, or not enough memory.
+        TrainingFailed: a loss that is not finite, not enough memory, or processes that no longer hold the same values.
+        ProcessFailed: another process of this run failed or ended.
 
-    On a CPU the result repeats bit for bit with the same configuration and number of threads, interrupted or not.
+    On a CPU the result repeats bit for bit with the same configuration and numbers of threads and processes,
+    interrupted or not.
     """
-    callbacks = [default_progress(TRAINING)] if callbacks is None else list(callbacks)
     start_s = time.monotonic()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     given, facts = load_architecture(config.architecture)
     with ExitStack() as stack:
-        for callback in callbacks:
-            stack.callback(callback.close)
-        folder = stack.enter_context(RunFolder.open(config, TRAIN, f"train-{Path(config.architecture).stem}"))
-        config = dataclasses.replace(config, output=str(folder.path))
-        state = _stored_state(config, folder.path, device, callbacks)
-        data = _data(config, given, device)
-        arch = _with_classes(given, data, callbacks)
-        save_architecture(folder.path / ARCHITECTURE_FILE, arch, **facts)
-        metrics = MetricsFile(folder.path / METRICS_FILE, state["metrics_bytes"] if state else 0)
-        stack.callback(metrics.close)
-        loop = TrainLoop(config, make_network(config, arch, device), data, folder.path, metrics, callbacks, state)
-        start = _start_record(config, loop, data, device)
-        if state is None:
-            metrics.append(start)
-        for callback in callbacks:
-            callback.on_start(start)
+        processes = stack.enter_context(open_processes(device))
+        told = [default_progress(TRAINING)] if callbacks is None else callbacks
+        reporter = Reporter(told, mute=not processes.is_first)
+        stack.callback(reporter.close)
+        folder = open_run(config, TRAIN, f"train-{Path(config.architecture).stem}", processes, stack)
+        config = dataclasses.replace(config, output=str(folder))
+        reporter.config(config_to_dict(config))
+        state = stored_state(config, folder, device, processes, reporter.say)
+        data = _data(config, given, device, processes)
+        arch = _with_classes(given, data, reporter.say)
+        if processes.is_first:
+            save_architecture(folder / ARCHITECTURE_FILE, arch, **facts)
+        reporter.open(folder, state["metrics_bytes"] if state else 0)
+        loop = TrainLoop(config, make_network(config, arch, device), data, folder, reporter, state, processes)
+        reporter.record(_start_record(config, loop, data, device), write=state is None)
         loop.run()
-        network = network_with(arch, folder.path / BEST_FILE).to(device).to(memory_format=torch.channels_last)
-        test = evaluate_network(network, data.test.epoch(0), config.precision) if data.test is not None else None
-        end: Record = {
-            "kind": "end",
-            "best_epoch": loop.best_epoch,
-            "best_accuracy": loop.best_accuracy,
-            "test": dataclasses.asdict(test) if test is not None else None,
-            "selected_by": config.validation,
-            "weights_file": str(folder.path / BEST_FILE),
-            "seconds": time.monotonic() - start_s,
-        }
-        metrics.append(end)
-        for callback in callbacks:
-            callback.on_end(end)
-    return TrainResult(folder.path, network, loop.best_epoch, loop.best_accuracy, test)
+        network = (
+            processes.from_first(lambda: network_with(arch, folder / BEST_FILE))
+            .to(device)
+            .to(memory_format=torch.channels_last)
+        )
+        test = None
+        if data.test is not None:
+            test = evaluate_network(network, data.test.epoch(0), config.precision, processes)
+        reporter.record(
+            {
+                "kind": "end",
+                "best_epoch": loop.best_epoch,
+                "best_accuracy": loop.best_accuracy,
+                "test": dataclasses.asdict(test) if test is not None else None,
+                "selected_by": config.validation,
+                "weights_file": str(folder / BEST_FILE),
+                "seconds": time.monotonic() - start_s,
+            }
+        )
+    return TrainResult(folder, network, loop.best_epoch, loop.best_accuracy, test)
 
 
 def make_network(config: TrainConfig, arch: Architecture, device: torch.device) -> Network:
@@ -114,9 +124,10 @@ def make_network(config: TrainConfig, arch: Architecture, device: torch.device) 
     return network.to(device).to(memory_format=torch.channels_last)
 
 
-def _data(config: TrainConfig, arch: Architecture, device: torch.device) -> DataBundle:
+def _data(config: TrainConfig, arch: Architecture, device: torch.device, processes: Processes) -> DataBundle:
     space = dataclasses.replace(arch.space, resolution=config.resolution or arch.space.resolution)
-    data = build_data(data_options(config, space, device), config.seed)
+    options = data_options(config, space, device)
+    data = build_data(options, config.seed, rank=processes.rank, world_size=processes.world_size)
     if config.validation == "test" and data.test is None:
         raise ConfigError(
             f"validation: test asked for, but {config.data} has no test images; name some by dataset.test_source, or "
@@ -130,30 +141,14 @@ def _data(config: TrainConfig, arch: Architecture, device: torch.device) -> Data
     return data
 
 
-def _with_classes(arch: Architecture, data: DataBundle, callbacks: Sequence[Callback]) -> Architecture:
+def _with_classes(arch: Architecture, data: DataBundle, say: Callable[[str], None]) -> Architecture:
     if arch.space.num_classes == data.num_classes:
         return arch
-    for callback in callbacks:
-        callback.on_message(
-            f"the architecture's classifier has {arch.space.num_classes} classes, the data {data.num_classes}: trained "
-            f"with {data.num_classes}"
-        )
+    say(
+        f"the architecture's classifier has {arch.space.num_classes} classes, the data {data.num_classes}: trained "
+        f"with {data.num_classes}"
+    )
     return Architecture(dataclasses.replace(arch.space, num_classes=data.num_classes), arch.stages)
-
-
-def _stored_state(
-    config: TrainConfig, folder: Path, device: torch.device, callbacks: Sequence[Callback]
-) -> dict[str, Any] | None:
-    """The checkpoint to go on from, if `resume` is on and there is one; its number of threads is taken over."""
-    if not config.resume or not has_checkpoint(folder):
-        return None
-    state, remarks = load_checkpoint(folder, device)
-    for callback in callbacks:
-        for remark in remarks:
-            callback.on_message(f"warning: {remark}; going on from the checkpoint before")
-    if config.threads is None:
-        torch.set_num_threads(state["threads"])
-    return state
 
 
 def _start_record(config: TrainConfig, loop: TrainLoop, data: DataBundle, device: torch.device) -> Record:
@@ -175,7 +170,8 @@ def _start_record(config: TrainConfig, loop: TrainLoop, data: DataBundle, device
         "seed": config.seed,
         "epochs": config.epochs,
         "steps_per_epoch": loop.steps_per_epoch,
-        "images_per_step": config.batch_size * config.accumulation_steps,
+        "images_per_step": loop.images_per_step,
+        "processes": loop.processes.world_size,
         "step": loop.step,
         "versions": software_versions(),
     }

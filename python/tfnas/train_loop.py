@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +16,14 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tfnas.architecture import architecture_to_dict
-from tfnas.checkpoint import CheckpointError, save_checkpoint
+from tfnas.callbacks import Record, Reporter
 from tfnas.data import DataBundle
 from tfnas.evaluate import evaluate_network, logits_of
-from tfnas.interrupt import StopRequest, TrainingInterrupted
+from tfnas.interrupt import TrainingInterrupted
+from tfnas.loop import RunFailed, RunLoop
 from tfnas.network import Network
-from tfnas.pace import Pace
-from tfnas.progress import Callback, Record
-from tfnas.run import MetricsFile
+from tfnas.parallel import exchange_gradients, share_network
+from tfnas.processes import ALONE, Processes
 from tfnas.schedule import averaging_decay, warmup_cosine
 from tfnas.train_config import TrainConfig
 from tfnas.weights import save_weights
@@ -34,8 +33,8 @@ LAST_FILE = "last.safetensors"
 Batch = tuple[Tensor, Tensor]
 
 
-class TrainingFailed(RuntimeError):
-    """The training cannot go on: the loss is not finite, or memory ran out. The last good checkpoint is kept."""
+class TrainingFailed(RunFailed):
+    """The training cannot go on; the last good checkpoint is kept."""
 
 
 @dataclass
@@ -47,12 +46,17 @@ class EpochSums:
     correct: int = 0
 
 
-class TrainLoop:
+class TrainLoop(RunLoop):
     """Runs the epochs of one training.
 
     With the same configuration, data and number of threads it gives the same bits on a CPU, whether or not it was
     interrupted: data order, augmentation and dropout are functions of the seed and the step.
     """
+
+    noun = "training"
+    failed = TrainingFailed
+    interrupted = TrainingInterrupted
+    memory_advice = "Lower batch_size and raise accumulation_steps by the same factor"
 
     def __init__(
         self,
@@ -60,22 +64,30 @@ class TrainLoop:
         network: Network,
         data: DataBundle,
         folder: Path,
-        metrics: MetricsFile,
-        callbacks: Sequence[Callback],
+        reporter: Reporter,
         state: Mapping[str, Any] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """`state` is a checkpoint to go on from; `network` is then overwritten by it."""
-        self.config, self.network, self.folder = config, network, folder
-        self.metrics, self.callbacks = metrics, callbacks
+        self.config, self.network = config, network
         self.data = data.train if config.validation == "held_out" else data.full_train
         self.validation = {"held_out": data.held_out, "test": data.test, "none": None}[config.validation]
-        passes = len(self.data)
-        self.steps_per_epoch = config.steps_per_epoch or -(-passes // config.accumulation_steps)
-        self.step = 0
+        self.parameters = list(network.parameters())
+        super().__init__(
+            epochs=config.epochs,
+            steps_per_epoch=config.steps_per_epoch or -(-len(self.data) // config.accumulation_steps),
+            warmup_epochs=0,
+            images_per_step=config.batch_size * config.accumulation_steps * processes.world_size,
+            checkpoint=config.checkpoint,
+            log_every_steps=config.log.every_steps,
+            device=self.parameters[0].device,
+            folder=folder,
+            reporter=reporter,
+            processes=processes,
+        )
         self.sums = EpochSums()
         self.best_epoch, self.best_accuracy = -1, None if self.validation is None else -1.0
         optimizer = config.optimizer
-        self.parameters = list(network.parameters())
         self.optimizer = torch.optim.SGD(
             self.parameters,
             lr=optimizer.lr,
@@ -88,58 +100,26 @@ class TrainLoop:
             self.average = AveragedModel(network, multi_avg_fn=_growing_average(config.ema_decay), use_buffers=True)
         if state is not None:
             self._restore(state)
-        self._unread: list[tuple[int, int, Tensor]] = []
-        self._pace = Pace(0, self.total_steps)
-        self._saved_at = time.monotonic()
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole training."""
-        return self.config.epochs * self.steps_per_epoch
+        self._parallel = share_network(network, processes)
 
     @property
     def result(self) -> Network:
         """The network to validate and save: the moving average where there is one."""
         return self.network if self.average is None else cast(Network, self.average.module)
 
-    def run(self) -> None:
+    def run(self, end_epoch: int | None = None) -> None:
         """Train to the end. Raises `TrainingInterrupted` (after a checkpoint) and `TrainingFailed`."""
-        device = self.parameters[0].device
-        with StopRequest() as stop, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            try:
-                while self.step < self.total_steps:
-                    epoch = self.step // self.steps_per_epoch
-                    self._train(epoch, stop)
-                    self._finish(epoch)
-                    self._checkpoint()
-                    if stop.signal_number is not None and self.step < self.total_steps:
-                        self._interrupted(stop.signal_number)
-            except torch.OutOfMemoryError as error:
-                raise TrainingFailed(
-                    f"out of memory at step {self.step} with batch_size {self.config.batch_size}: {error}. Lower "
-                    "batch_size and raise accumulation_steps by the same factor; the last checkpoint is kept"
-                ) from error
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            super().run(end_epoch)
 
-    def _train(self, epoch: int, stop: StopRequest) -> None:
-        """The steps of `epoch`, from the current one on."""
-        first = self.step % self.steps_per_epoch
+    def _begin(self, epoch: int, first: int) -> None:
         if first == 0:
             self.sums = EpochSums()
         self.network.train()
-        batches = self._batches(epoch, first)
-        self._pace.start(self.step)
-        for position in range(first, self.steps_per_epoch):
-            self._optimize(next(batches))
-            self.step += 1
-            if self.step % self.config.log.every_steps == 0:
-                self._log_step(epoch)
-            if position + 1 < self.steps_per_epoch:
-                if stop.signal_number is not None:
-                    self._checkpoint()
-                    self._interrupted(stop.signal_number)
-                if self._checkpoint_due():
-                    self._checkpoint()
-        self._read_back()
+        self._epoch_batches = self._batches(epoch, first)
+
+    def _take_step(self, position: int) -> None:
+        self._optimize(next(self._epoch_batches))
 
     def _batches(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """The batches of each step; with `steps_per_epoch` the images go on where the epoch before stopped."""
@@ -156,43 +136,42 @@ class TrainLoop:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        torch.manual_seed(_noise_seed(config.seed, self.step))
+        torch.manual_seed(_noise_seed(config.seed, self.step, self.processes.rank))
         images_in_step = sum(len(labels) for _, labels in batches)
         figures = []
-        for images, labels in batches:
-            logits = logits_of(self.network, images, config.precision)
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.regularization.label_smoothing)
-            (loss * (len(labels) / images_in_step)).backward()
+        for index, (images, labels) in enumerate(batches):
+            with exchange_gradients(self._parallel, index + 1 == len(batches)):
+                logits = logits_of(self._parallel, images, config.precision)
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.regularization.label_smoothing)
+                (loss * (len(labels) / images_in_step)).backward()
             correct = (logits.detach().argmax(1) == labels).sum()
             figures.append(torch.stack([loss.detach().double() * len(labels), correct.double()]))
+        sums = torch.cat([torch.stack(figures).sum(0), torch.full_like(figures[0][:1], images_in_step)])
+        # Batch norm is each process's own; averaging what it remembers lets it see all images.
+        self.processes.reduce_([b for b in self.network.buffers() if b.is_floating_point()], [sums])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.network)
-        self._unread.append((self.step, images_in_step, torch.cat([torch.stack(figures).sum(0), norm.double()[None]])))
-        self._pace.count(images_in_step)
+        self._keep("step", torch.cat([sums, norm.double()[None]]))
+        self._pace.count(images_in_step * self.processes.world_size)
 
     def _learning_rate(self) -> float:
         optimizer = self.config.optimizer
         warmup_steps = round(optimizer.warmup_epochs * self.steps_per_epoch)
         return warmup_cosine(self.step, self.total_steps, warmup_steps, optimizer.lr, optimizer.final_lr)
 
-    def _read_back(self) -> None:
-        """Bring the figures since the last call to the host; raises `TrainingFailed` at the first not finite."""
-        unread, self._unread = self._unread, []
-        if not unread:
-            return
-        rows = torch.stack([figures for _, _, figures in unread]).tolist()
-        for (step, images, _), (loss, correct, norm) in zip(unread, rows, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingFailed(
-                    f"step {step} is not finite: loss {loss / images}, gradient norm {norm}. The last good checkpoint "
-                    f"stays in {self.folder}; a lower optimizer.lr or a warm-up may help"
-                )
-            self.sums.images += images
-            self.sums.loss += loss
-            self.sums.correct += int(correct)
+    def _account(self, step: int, kind: str, figures: list[float]) -> None:
+        loss, correct, images, norm = figures
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingFailed(
+                f"step {step} is not finite: loss {loss / images}, gradient norm {norm}. The last good checkpoint "
+                f"stays in {self.folder}; a lower optimizer.lr or a warm-up may help"
+            )
+        self.sums.images += int(images)
+        self.sums.loss += loss
+        self.sums.correct += int(correct)
 
     def _finish(self, epoch: int) -> None:
         """What follows an epoch's steps: validation, the epoch's record, best and last weights."""
@@ -201,7 +180,7 @@ class TrainLoop:
         record = self._record("epoch", epoch)
         measured = None
         if self.validation is not None and (last or (epoch + 1) % config.log.validate_every_epochs == 0):
-            measured = evaluate_network(self.result, self.validation.epoch(0), config.precision)
+            measured = evaluate_network(self.result, self.validation.epoch(0), config.precision, self.processes)
         best = self.validation is None
         if measured is not None and self.best_accuracy is not None and measured.top1 > self.best_accuracy:
             best, self.best_accuracy = True, measured.top1
@@ -213,19 +192,14 @@ class TrainLoop:
             "best_accuracy": self.best_accuracy,
         }
         weights, facts = self.result.state_dict(), {"epoch": str(epoch), "selected_by": config.validation}
-        if best:
-            save_weights(self.folder / BEST_FILE, weights, facts)
-        save_weights(self.folder / LAST_FILE, weights, facts)
-        self.metrics.append(record)
-        for callback in self.callbacks:
-            callback.on_epoch(record)
+        if self.processes.is_first:
+            if best:
+                save_weights(self.folder / BEST_FILE, weights, facts)
+            save_weights(self.folder / LAST_FILE, weights, facts)
+        self.reporter.record(record)
 
-    def _log_step(self, epoch: int) -> None:
-        self._read_back()
-        record = self._record("step", epoch)
-        self.metrics.append(record)
-        for callback in self.callbacks:
-            callback.on_step(record)
+    def _step_record(self, epoch: int) -> Record:
+        return self._record("step", epoch)
 
     def _record(self, kind: str, epoch: int) -> Record:
         """What steps and epochs tell alike; loss and accuracy are those of the epoch so far, on training images."""
@@ -241,53 +215,35 @@ class TrainLoop:
             "time_left_s": self._pace.time_left_s(self.step),
         }
 
-    def _checkpoint_due(self) -> bool:
-        every = self.config.checkpoint
-        if every.every_steps is not None and self.step % every.every_steps == 0:
-            return True
-        return every.every_s is not None and time.monotonic() - self._saved_at >= every.every_s
+    def _identity(self) -> dict[str, Any]:
+        return {"architecture": architecture_to_dict(self.network.architecture)}
 
-    def _checkpoint(self) -> None:
-        """Write all that the rest of the training depends on, after making sure that it is finite."""
-        self._read_back()
-        state = {
-            "architecture": architecture_to_dict(self.network.architecture),
-            "threads": torch.get_num_threads(),
-            "step": self.step,
-            "steps_per_epoch": self.steps_per_epoch,
+    def _state(self) -> dict[str, Any]:
+        return {
             "sums": asdict(self.sums),
             "best_epoch": self.best_epoch,
             "best_accuracy": self.best_accuracy,
             "network": self.network.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
             "optimizer": self.optimizer.state_dict(),
-            "metrics_bytes": self.metrics.flush(),
         }
-        save_checkpoint(self.folder, state)
-        self._saved_at = time.monotonic()
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Take over a checkpoint."""
-        here = {
-            "architecture": architecture_to_dict(self.network.architecture),
-            "steps_per_epoch": self.steps_per_epoch,
-        }
-        for key, value in here.items():
-            if key not in state or state[key] != value:
-                raise CheckpointError(f"the checkpoint in {self.folder} belongs to another training: its {key} differs")
+    def _load_state(self, state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
         self.sums = EpochSums(**state["sums"])
         self.best_epoch, self.best_accuracy = state["best_epoch"], state["best_accuracy"]
 
-    def _interrupted(self, signal_number: int) -> NoReturn:
-        raise TrainingInterrupted(
-            signal_number,
-            f"stopped at step {self.step} of {self.total_steps}; go on with --resume --output {self.folder}",
-        )
+    def _values(self) -> dict[str, Iterable[Tensor | str]]:
+        momentum = (state.get("momentum_buffer") for state in self.optimizer.state.values())
+        return {
+            "weights and statistics": self.network.state_dict().values(),
+            "moving average": self.average.state_dict().values() if self.average is not None else [],
+            "momentum": [buffer for buffer in momentum if buffer is not None],
+            "step": [str(self.step)],
+        }
 
 
 def _growing_average(decay: float) -> Callable[..., None]:
@@ -297,6 +253,7 @@ def _growing_average(decay: float) -> Callable[..., None]:
     return average_
 
 
-def _noise_seed(seed: int, step: int) -> int:
+def _noise_seed(seed: int, step: int, rank: int) -> int:
     """Seed of a step's dropout and drop-connect: 63 bits, without a relation between neighbouring steps or seeds."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest(), "little") >> 1
+    words = f"{seed} {step} {rank}" if rank else f"{seed} {step}"
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tfnas.progress import Record, Wording, duration, epoch_of
+from tfnas.callbacks import Record
+from tfnas.progress import Wording, duration, epoch_of
 
 
 def _start(record: Record) -> list[str]:

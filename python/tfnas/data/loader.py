@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -49,7 +50,9 @@ class Loader:
         """`labels` int64 of every image of the source, `samples` the indices of those in this set."""
         self.batch_size, self.samples, self.normalisation = batch_size, samples, normalisation
         self._reader, self._labels, self._seed, self._device = reader, labels, seed, device
-        self._shuffle, self._training, self._rank, self._world_size = shuffle, training, rank, world_size
+        self._shuffle, self._rank, self._world_size = shuffle, rank, world_size
+        # Batch norm cannot take statistics from one value; somebody who asks for batches of one gets them.
+        self._least = min(2, batch_size) if training else 0
 
     @property
     def num_images(self) -> int:
@@ -60,9 +63,23 @@ class Loader:
         """Steps an epoch. In training a last batch is dropped where a process would get one image; otherwise never."""
         step = self.batch_size * self._world_size
         full, rest = divmod(len(self.samples), step)
-        # Batch norm cannot take statistics from one value; somebody who asks for batches of one gets them.
-        least = min(2, self.batch_size) if self._training else 1
-        return full + (rest // self._world_size >= least if self._training else rest > 0)
+        return full + (rest > 0 and rest // self._world_size >= self._least)
+
+    def for_batch_norm(self) -> Loader:
+        """The same batches, but with several processes without a last one of which some would get less than two images.
+
+        For batch norms that use batch statistics in evaluation, too. Raises `DataError` where none is left.
+        """
+        if self._world_size == 1:
+            return self
+        loader = copy.copy(self)
+        loader._least = min(2, self.batch_size)
+        if not len(loader):
+            raise DataError(
+                f"held-out images: expected at least {2 * self._world_size} for {self._world_size} processes, got "
+                f"{self.num_images}; raise held_out_fraction or start fewer processes"
+            )
+        return loader
 
     def indices(self, epoch: int, start_step: int = 0) -> list[NDArray[np.int64]]:
         """This process's sample indices of every step from `start_step` on."""
@@ -79,12 +96,12 @@ class Loader:
 
         Yields:
             images float32 `[n, C, H, W]`, channels last in memory, normalised, and labels int64 `[n]`, on the device.
-            In evaluation with several processes the last batch of some may be empty.
+            In evaluation with several processes some may get one batch less: they get no empty ones.
 
         Raises:
             DataError: `start_step` outside the epoch; an image file that cannot be decoded.
         """
-        batches = self.indices(epoch, start_step)
+        batches = [batch for batch in self.indices(epoch, start_step) if len(batch)]
         return self._read(epoch, batches)
 
     def _read(self, epoch: int, batches: list[NDArray[np.int64]]) -> Iterator[Batch]:

@@ -1,0 +1,234 @@
+"""What searches and trainings have in common: epochs of steps, log lines, checkpoints, orderly stops, resuming."""
+
+from __future__ import annotations
+
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from tfnas.callbacks import Record, Reporter
+from tfnas.checkpoint import CheckpointError, save_checkpoint
+from tfnas.config import CheckpointConfig
+from tfnas.fields import describe
+from tfnas.interrupt import RunInterrupted, StopRequest
+from tfnas.pace import Pace
+from tfnas.processes import Processes, ProcessesDiverged
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on: the loss is not finite, memory ran out, or processes diverged. Checkpoints are kept."""
+
+
+class RunLoop(ABC):
+    """The epochs of one run, from its first or its resumed step to its last.
+
+    A subclass does the steps and says what its state is. Steps leave their figures on the device (`_keep`); they are
+    read back every `log_every_steps` steps. With several processes all call `run`; the first one writes.
+    """
+
+    noun: ClassVar[str]  # "search"
+    failed: ClassVar[type[RunFailed]]
+    interrupted: ClassVar[type[RunInterrupted]]
+    memory_advice: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        warmup_epochs: int,
+        images_per_step: int,
+        checkpoint: CheckpointConfig,
+        log_every_steps: int,
+        device: torch.device,
+        folder: Path,
+        reporter: Reporter,
+        processes: Processes,
+    ) -> None:
+        self.epochs, self.steps_per_epoch, self.images_per_step = epochs, steps_per_epoch, images_per_step
+        self.folder, self.reporter, self.processes, self.device = folder, reporter, processes, device
+        self.step = 0
+        self._checkpoint_config, self._log_every_steps = checkpoint, log_every_steps
+        self._unread: list[tuple[int, str, Tensor]] = []
+        self._pace = Pace(warmup_epochs * steps_per_epoch, self.total_steps)
+        self._saved_at = time.monotonic()
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    def run(self, end_epoch: int | None = None) -> None:
+        """Go on to the end, or to the end of `end_epoch` epochs.
+
+        Raises `interrupted` (after a checkpoint) on SIGINT or SIGTERM to any of the processes, and `failed`.
+        """
+        last_step = self.total_steps if end_epoch is None else end_epoch * self.steps_per_epoch
+        with StopRequest() as stop:
+            try:
+                self._require_equal("before the first step")
+                while self.step < last_step:
+                    epoch = self.step // self.steps_per_epoch
+                    self._train(epoch, stop)
+                    self._finish(epoch)
+                    self._require_equal(f"after epoch {epoch + 1}")
+                    self._checkpoint()
+                    if self._must_stop(stop):
+                        self._interrupt(stop)
+            except torch.OutOfMemoryError as error:
+                raise self.failed(self._memory_message(error)) from error
+            except ProcessesDiverged as error:
+                raise self.failed(str(error)) from error
+
+    def _train(self, epoch: int, stop: StopRequest) -> None:
+        """The steps of `epoch`, from the current one on."""
+        first = self.step % self.steps_per_epoch
+        self._begin(epoch, first)
+        self._pace.start(self.step)
+        for position in range(first, self.steps_per_epoch):
+            self.processes.wants_stop = stop.signal_number is not None
+            self._take_step(position)
+            self.step += 1
+            logs = self.step % self._log_every_steps == 0
+            if logs:
+                self._read_back()
+                self.reporter.record(self._step_record(epoch))
+            if position + 1 < self.steps_per_epoch:
+                # Asking a GPU whether another process wants to stop waits for it, as reading figures back does.
+                if (logs or self.processes.world_size == 1 or self.device.type == "cpu") and self._must_stop(stop):
+                    self._checkpoint()
+                    self._interrupt(stop)
+                if self._checkpoint_due():
+                    self._checkpoint()
+        self._read_back()
+
+    @abstractmethod
+    def _begin(self, epoch: int, first: int) -> None:
+        """Get ready for the steps of `epoch` from its `first` on (0: the epoch is new)."""
+
+    @abstractmethod
+    def _take_step(self, position: int) -> None:
+        """Step `self.step`, which is `position` in its epoch."""
+
+    @abstractmethod
+    def _finish(self, epoch: int) -> None:
+        """What follows an epoch's steps."""
+
+    @abstractmethod
+    def _step_record(self, epoch: int) -> Record:
+        """The record of a log line."""
+
+    @abstractmethod
+    def _account(self, step: int, kind: str, figures: list[float]) -> None:
+        """Add up what `_keep` kept; raises `failed` where it is not finite."""
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with this run to be its own."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, besides step and identity."""
+
+    @abstractmethod
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `_state` gave."""
+
+    @abstractmethod
+    def _values(self) -> dict[str, Iterable[Tensor | str]]:
+        """What must be the same in every process, by name."""
+
+    def _keep(self, kind: str, figures: Tensor) -> None:
+        """Remember a step's figures, float64 [n], on the device."""
+        self._unread.append((self.step, kind, figures))
+
+    def _read_back(self) -> None:
+        """Bring the figures since the last call to the host; raises `failed` at the first that is not finite."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        values = torch.cat([figures for _, _, figures in unread]).tolist()
+        for step, kind, figures in unread:
+            row, values = values[: len(figures)], values[len(figures) :]
+            self._account(step, kind, row)
+
+    def _checkpoint_due(self) -> bool:
+        every = self._checkpoint_config
+        if every.every_steps is not None and self.step % every.every_steps == 0:
+            return True
+        return every.every_s is not None and time.monotonic() - self._saved_at >= every.every_s
+
+    def _checkpoint(self) -> None:
+        """Write all that the rest of the run depends on, after making sure that it is finite."""
+        if not self.processes.is_first:
+            return
+        self._read_back()
+        state = {
+            **self._identity(),
+            **self._state(),
+            "threads": torch.get_num_threads(),
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "images_per_step": self.images_per_step,
+            "world_size": self.processes.world_size,
+            "metrics_bytes": self.reporter.flush(),
+        }
+        save_checkpoint(self.folder, state)
+        self._saved_at = time.monotonic()
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a checkpoint; says what changes where another number of processes wrote it."""
+        here = self._identity()
+        if state.get("world_size", 1) == self.processes.world_size:
+            here["steps_per_epoch"] = self.steps_per_epoch
+        for key, value in here.items():
+            if key not in state or state[key] != value:
+                raise CheckpointError(
+                    f"the checkpoint in {self.folder} belongs to another {self.noun}: its {key} is "
+                    f"{describe(state.get(key))}, here {describe(value)}"
+                )
+        self._load_state(state)
+        self.step = state["step"]
+        if state.get("world_size", 1) != self.processes.world_size:
+            self._change_processes(state)
+
+    def _change_processes(self, state: Mapping[str, Any]) -> None:
+        """Go on at the same share of the epoch with another number of images a step."""
+        epoch, position = divmod(state["step"], state["steps_per_epoch"])
+        self.step = epoch * self.steps_per_epoch + position * self.steps_per_epoch // state["steps_per_epoch"]
+        self.reporter.say(
+            f"warning: {state['world_size']} process(es) before the interruption, now {self.processes.world_size}: "
+            f"{state['images_per_step']} images a step become {self.images_per_step}, {state['steps_per_epoch']} "
+            f"steps an epoch become {self.steps_per_epoch}, step {state['step']} counts as {self.step}; learning "
+            "rates stay. The result is not that of an uninterrupted run"
+        )
+
+    def _require_equal(self, when: str) -> None:
+        if self.processes.world_size > 1:
+            self.processes.require_equal(self._values(), when)
+
+    def _must_stop(self, stop: StopRequest) -> bool:
+        self.processes.wants_stop = stop.signal_number is not None
+        return self.processes.stop_agreed()
+
+    def _interrupt(self, stop: StopRequest) -> NoReturn:
+        self.processes.from_first(lambda: None)  # whoever ends first ends the others: not before the checkpoint
+        raise self.interrupted(
+            stop.signal_number or signal.SIGTERM,
+            f"stopped at step {self.step} of {self.total_steps}; go on with --resume --output {self.folder}",
+        )
+
+    def _memory_message(self, error: torch.OutOfMemoryError) -> str:
+        peak = ""
+        if self.device.type == "cuda":
+            peak = f" (peak {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB)"
+        return (
+            f"out of memory at step {self.step} with {self.images_per_step // self.processes.world_size} images a "
+            f"step{peak}: {error}. {self.memory_advice}; the last checkpoint is kept"
+        )
