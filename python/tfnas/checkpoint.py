@@ -27,8 +27,8 @@ class CheckpointError(ValueError):
 def save_checkpoint(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
     """Write `state` as the latest checkpoint of `folder`; the latest so far becomes the previous one.
 
-    Tensors are written from whatever device they are on. On an error (full disk, no permission) the old files stay
-    as they were and the error is raised.
+    Tensors are written from whatever device they are on. On an error (`OSError`: full disk, no permission) the old
+    files stay as they were.
     """
     folder = Path(folder)
     temporary, latest = folder / _TEMPORARY, folder / LATEST
@@ -37,8 +37,11 @@ def save_checkpoint(folder: str | os.PathLike[str], state: dict[str, Any]) -> Pa
             torch.save({"format_version": FORMAT_VERSION, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        # torch reports that it could not finish the file, and not why
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise
     if latest.exists():
         os.replace(latest, folder / PREVIOUS)
@@ -75,16 +78,27 @@ def load_checkpoint(
 def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        damaged = _damaged_member(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it holds more than tensors and plain values ({_first(error)})"
         ) from None
     except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({_first(error)})") from None
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged in {damaged}")
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         found = state.get("format_version") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT_VERSION}, found {found}")
     return state
+
+
+def _damaged_member(path: Path) -> str | None:
+    """Name of the archive's first member that is not what was written; torch checks none and reads what there is."""
+    with zipfile.ZipFile(path) as archive:
+        # attributes are not under the checksum, and what is said to be a folder torch leaves uninitialised
+        odd = [member.filename for member in archive.infolist() if member.external_attr != 0]
+        return odd[0] if odd else archive.testzip()
 
 
 def _first(error: Exception) -> str:

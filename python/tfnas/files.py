@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
+
+# What `write_bytes_atomically` calls its files: a dot, the final name, eight characters of `tempfile`, `.tmp`.
+_TEMPORARY_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
@@ -33,6 +37,13 @@ def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writers of files in `folder` left behind when they were killed. Only where none is at work."""
+    for path in list(folder.iterdir()):
+        if _TEMPORARY_NAME.fullmatch(path.name):
+            path.unlink()
 
 
 def read_json(path: str | os.PathLike[str]) -> object:

@@ -11,6 +11,7 @@ import json
 import os
 import time
 import warnings
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -18,10 +19,11 @@ from typing import IO, Any, Protocol
 from tfnas.checkpoint import has_checkpoint
 from tfnas.config import ConfigError
 from tfnas.config_io import SEARCH, ConfigKind, config_to_dict, config_to_yaml
-from tfnas.files import write_text_atomically
+from tfnas.files import remove_unfinished, write_text_atomically
 
 CONFIG_FILE = "config.yaml"
 TABLE_FILE = "lut.json"
+PARTIAL_TABLE_FILE = "lut.partial.json"
 METRICS_FILE = "metrics.jsonl"
 ARCHITECTURE_FILE = "architecture.json"
 LOCK_FILE = ".lock"
@@ -49,16 +51,20 @@ class RunFolder:
 
         `kind` reads the configuration that a run left there.
 
-        Raises `ConfigError` where the folder belongs to a run and `resume` is off, where another process works in it,
-        or where the run to be resumed has another configuration (the keys are named); `OSError` where the folder
-        cannot be written.
+        Raises `ConfigError` where the folder cannot be written, where it belongs to a run and `resume` is off, where
+        another process works in it, or where the run to be resumed has another configuration (the keys are named).
         """
-        path = Path(config.output) if config.output else _fresh_name(stem)
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"output {path} is a file; name a folder")
-        path.mkdir(parents=True, exist_ok=True)
-        folder = cls(path, _lock(path))
         try:
+            path = _make_folder(Path(config.output)) if config.output else _make_fresh_folder(stem)
+            lock = _lock(path)
+        except OSError as error:
+            where = config.output or "runs"
+            raise ConfigError(
+                f"output {where} cannot be written ({error.strerror}); name another folder by --output"
+            ) from None
+        folder = cls(path, lock)
+        try:
+            remove_unfinished(path)
             folder._check(config, kind)
             write_text_atomically(path / CONFIG_FILE, config_to_yaml(config))
         except BaseException:
@@ -68,18 +74,24 @@ class RunFolder:
 
     def _check(self, config: RunConfig, kind: ConfigKind[Any]) -> None:
         stored = self.path / CONFIG_FILE
+        if not self._has_begun():
+            return
         if not config.resume:
-            taken = [name for name in (CONFIG_FILE, METRICS_FILE, ARCHITECTURE_FILE) if (self.path / name).exists()]
-            if taken or has_checkpoint(self.path):
-                raise ConfigError(
-                    f"output {self.path} already holds a run; "
-                    "go on with it by --resume, or name another folder by --output"
-                )
-        elif stored.exists():
+            raise ConfigError(
+                f"output {self.path} already holds a run; go on with it by --resume, or name another folder by --output"
+            )
+        if stored.exists():
             changed = changed_keys(kind.load(stored), config)
             if changed:
                 lines = "\n".join(f"  {key}: {old!r} in the run, now {new!r}" for key, old, new in changed)
                 raise ConfigError(f"--resume: the run in {self.path} has another configuration:\n{lines}")
+
+    def _has_begun(self) -> bool:
+        """Whether a run left more than its configuration, as one does that failed for missing images, for example."""
+        results = [METRICS_FILE, ARCHITECTURE_FILE]
+        if (self.path / CONFIG_FILE).exists():
+            results += [TABLE_FILE, PARTIAL_TABLE_FILE]
+        return has_checkpoint(self.path) or any((self.path / name).exists() for name in results)
 
     def close(self) -> None:
         """Let another process work in the folder."""
@@ -95,19 +107,26 @@ class RunFolder:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: appended line by line, cut back to a checkpoint's length on resume."""
+    """`metrics.jsonl`: appended line by line, cut back to a checkpoint's length on resume.
+
+    A file that somebody shortened keeps the whole lines that it has.
+    """
 
     def __init__(self, path: Path, length_bytes: int = 0) -> None:
-        self._file = open(path, "ab")  # noqa: SIM115 - held until close()
+        if path.exists() and path.stat().st_size < length_bytes:
+            length_bytes = path.read_bytes().rfind(b"\n") + 1
+        # Without a buffer that a full disk would leave unwritten until close().
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - held until close()
         self._file.truncate(length_bytes)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record as a line of JSON (NaN and infinities are refused)."""
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        while line:
+            line = line[self._file.write(line) :]
 
     def flush(self) -> int:
         """Bring what was appended to disk; returns the file's length in bytes."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
@@ -134,13 +153,24 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _fresh_name(stem: str) -> Path:
-    stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, number = Path("runs") / stem, 1
-    while path.exists():
-        number += 1
-        path = Path("runs") / f"{stem}-{number}"
+def _make_folder(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output {path} is a file; name a folder")
+    path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _make_fresh_folder(stem: str) -> Path:
+    """A new folder in `runs`; of two processes that ask in the same second each gets its own."""
+    first = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = first, 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            path = first.with_name(f"{first.name}-{number}")
 
 
 def _lock(path: Path) -> IO[str]:
@@ -156,4 +186,15 @@ def _lock(path: Path) -> IO[str]:
         warnings.warn(
             f"{path}: this file system has no locks ({error}); keep other runs out of the folder", stacklevel=2
         )
+    _held.add(lock)
     return lock
+
+
+def _let_go() -> None:
+    """In a forked process: leave locks to the parent. Data workers outlive a killed run by seconds."""
+    for lock in list(_held):
+        lock.close()
+
+
+_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_let_go)

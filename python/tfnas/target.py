@@ -20,6 +20,7 @@ from tfnas.latency.lut_io import load_table, save_table
 from tfnas.latency.measure import conditions_of as table_conditions
 from tfnas.latency.measure import measure_network_ms
 from tfnas.latency.profile import ProfileOptions, Progress, build_table
+from tfnas.run import PARTIAL_TABLE_FILE
 from tfnas.scaling import reachable_range_ms
 from tfnas.space import Space
 
@@ -76,6 +77,7 @@ def obtain_table(
         table = measure_table(space, config.profile, conditions, file, config.seed, say)
     table.require_space(space)
     save_table(file, table)
+    file.with_name(PARTIAL_TABLE_FILE).unlink(missing_ok=True)
     return table
 
 
@@ -111,7 +113,7 @@ def measure_table(
         f"measuring a latency table of space {space.name!r} for about {profile.budget_s:.0f} s: {conditions.engine} on "
         f"{conditions.device}, batch {conditions.batch}, {conditions.threads} threads"
     )
-    partial = file.with_name(f"{file.stem}.partial.json")
+    partial = file.with_name(PARTIAL_TABLE_FILE)
     options = ProfileOptions(conditions=conditions, budget_s=profile.budget_s, seed=seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -119,7 +121,6 @@ def measure_table(
     for warning in caught:
         say(str(warning.message))
     save_table(file, table)
-    partial.unlink(missing_ok=True)
     return table
 
 

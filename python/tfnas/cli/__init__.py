@@ -1,6 +1,6 @@
 """The `tfnas` command: one module per subcommand, loaded when it is called.
 
-Exit codes: 0 done; 1 the search or training failed (loss not finite, not enough memory); 2 bad input or a target out
+Exit codes: 0 done; 1 failed on the way (loss not finite, not enough memory, disk full); 2 bad input or a target out
 of reach; 3 the derived network misses the target (only with `--derive paper`), or a `--strict` check does not hold;
 130 interrupted (Ctrl-C) and 143 terminated, after a checkpoint. Anything else is a bug and shows a traceback.
 """
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentError
 
-from tfnas.cli.codes import BAD_INPUT, INTERRUPTED, OK
+from tfnas.cli.codes import BAD_INPUT, FAILED, INTERRUPTED, OK
 from tfnas.cli.functions import run_function
+from tfnas.shortage import is_disk_full, is_out_of_memory
 
 COMMANDS = {
     "search": "search a network that meets a latency target (also `tfnas-search`)",
@@ -35,8 +36,8 @@ Search for a network that meets a latency target (TF-NAS, ECCV 2020).
 commands:
 {commands}
 
-exit codes: 0 done, 1 search or training failed, 2 bad input or impossible target, 3 target missed (--derive
-paper) or a --strict check not held, 130 interrupted, 143 terminated
+exit codes: 0 done, 1 failed on the way (loss not finite, memory, disk full), 2 bad input or impossible target,
+3 target missed (--derive paper) or a --strict check not held, 130 interrupted, 143 terminated
 """
 
 
@@ -66,7 +67,7 @@ def search_main() -> int:
 
 
 def run_command(command: str, arguments: Sequence[str]) -> int:
-    """Run one subcommand, turning input errors into one message and exit code 2.
+    """Run one subcommand, turning input errors into one message and exit code 2, want of memory or disk into 1.
 
     A module of this package has either `run(arguments) -> int` or a function of the command's name, whose parameters
     become options.
@@ -83,12 +84,26 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
         print(f"tfnas {command}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough; what is left in the buffer must not fail at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader (`| head`) has seen enough.
+        _drop_output()
         return OK
-    except (ValueError, LookupError, OSError, ArgumentError) as error:
+    except Exception as error:
+        failed = is_out_of_memory(error) or is_disk_full(error)
+        if not failed and not isinstance(error, ValueError | LookupError | OSError | ArgumentError):
+            raise
         if os.environ.get("TFNAS_DEBUG") == "1":
             raise
+        if is_disk_full(error):
+            _drop_output()
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"tfnas {command}: error: {text}", file=sys.stderr)
-        return BAD_INPUT
+        what = "not enough memory: " if is_out_of_memory(error) else ""
+        print(f"tfnas {command}: error: {what}{text}", file=sys.stderr)
+        return FAILED if failed else BAD_INPUT
+
+
+def _drop_output() -> None:
+    """Let nothing that standard output cannot take fail again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
