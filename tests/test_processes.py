@@ -9,8 +9,9 @@ import pytest
 import torch
 from process_cases import raise_failures, run_processes
 from tfnas.config import ConfigError
+from tfnas.interrupt import ProcessFailed
 from tfnas.pipeline import choose_device
-from tfnas.processes import ALONE, ProcessesDiverged, ProcessFailed, open_processes
+from tfnas.processes import ALONE, ProcessesDiverged, open_processes
 from torch import Tensor
 
 CPU = torch.device("cpu")

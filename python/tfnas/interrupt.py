@@ -1,4 +1,4 @@
-"""Ctrl-C and termination as a request that a search or a training answers between two steps."""
+"""What ends a run: signals, answered between two steps, and other processes of the same run that fail."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ class RunInterrupted(KeyboardInterrupt):
     """A run stopped on request, after a checkpoint; `signal_number` says by which signal."""
 
     def __init__(self, signal_number: int, text: str) -> None:
-        super().__init__(text)
+        super().__init__(signal_number, text)
         self.signal_number = signal_number
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class SearchInterrupted(RunInterrupted):
@@ -22,6 +25,10 @@ class SearchInterrupted(RunInterrupted):
 
 class TrainingInterrupted(RunInterrupted):
     """A training stopped on request."""
+
+
+class ProcessFailed(RuntimeError):
+    """Another process of the same run failed or ended; what went wrong is its message."""
 
 
 class StopRequest:

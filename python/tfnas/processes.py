@@ -17,15 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tfnas.config import ConfigError
+from tfnas.interrupt import ProcessFailed
 
 # The others wait while the first process measures a latency table.
 _TIMEOUT = timedelta(hours=3)
 
 T = TypeVar("T")
-
-
-class ProcessFailed(RuntimeError):
-    """Another process of the run failed or ended; what went wrong is its message."""
 
 
 class ProcessesDiverged(RuntimeError):

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError
 
 from tfnas.cli.codes import BAD_INPUT, FAILED, INTERRUPTED, OK
 from tfnas.cli.functions import run_function
+from tfnas.interrupt import ProcessFailed
 from tfnas.shortage import is_disk_full, is_out_of_memory
 
 COMMANDS = {
@@ -83,6 +84,9 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"tfnas {command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except ProcessFailed as error:
+        print(f"tfnas {command}: {error}", file=sys.stderr)
+        return FAILED
     except BrokenPipeError:
         # The reader (`| head`) has seen enough.
         _drop_output()
