@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,8 +20,11 @@ def share_network(network: nn.Module, processes: Processes) -> nn.Module:
     if processes.world_size == 1:
         return network
     device = next(network.parameters()).device
-    ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+    options: dict[str, Any] = {"device_ids": [device] if device.type == "cuda" else None}
+    # torch 2.14 gave the option its second name
+    known = inspect.signature(DistributedDataParallel).parameters
+    options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+    return DistributedDataParallel(network, **options)
 
 
 def exchange_gradients(network: nn.Module, exchange: bool) -> AbstractContextManager[None]:
