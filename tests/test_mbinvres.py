@@ -232,6 +232,25 @@ def test_inference(seed: int) -> None:
     torch.testing.assert_close(ops.mbinvres(*args, **options, training=False).detach(), want)
 
 
+@pytest.mark.parametrize("trained", ["se_rw", "bn2_weight", "bn3_bias"])
+def test_inference_with_one_trained_weight_has_its_gradient(trained: str) -> None:
+    """Frozen convolutions: whatever weight still wants a gradient gets it."""
+    case = BlockCase(2, 5, 6, 5, 20, 5, se=3, affine=True, seed=19)
+    block = make_block(case)
+    leaves = {name: t.detach().requires_grad_(name == trained) for name, t in block.leaves.items()}
+    args, options = Block(case, leaves).arguments()
+    generator = torch.Generator().manual_seed(19)
+    for i, channels in ((1, 20), (2, 20), (3, 5)):
+        options[f"bn{i}"] = options[f"bn{i}"]._replace(
+            **running(channels, generator)._asdict()
+            | {"weight": leaves[f"bn{i}_weight"], "bias": leaves[f"bn{i}_bias"]}
+        )
+    got, want = (f(*args, **options, training=False) for f in (ops.mbinvres, reference.mbinvres))
+    grads = [torch.autograd.grad(out.square().sum(), leaves[trained])[0] for out in (got, want)]
+    assert grads[1].abs().max() > 0
+    torch.testing.assert_close(*grads)
+
+
 def test_double_backward_is_refused() -> None:
     block = make_block(BlockCase(2, 3, 3, 4, 5, 3, seed=13))
     args, options = block.arguments()

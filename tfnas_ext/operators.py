@@ -30,8 +30,11 @@ def saved_size(
     cin, cout, padded = (_round_up(c, m) for c, m in ((in_channels, 8), (conv_pwl.shape[0], 8), (width, _LANES)))
     parts = [padded * out_pixels, *[padded] * (4 if conv_pw is None else 8), out_pixels * cout, *[cout] * 4]
     if conv_pw is not None:
-        channels = design == "channels" or (design == "auto" and pixels <= _CHANNELS_DESIGN_PIXELS)
-        parts += [padded * pixels] if channels else [cin, cin * cin, padded * cin]
+        # 1 where the design is "channels", else 0; arithmetic, since a branch would bind a compiled graph to one side
+        small: Any = (
+            torch.sym_min(1, _CHANNELS_DESIGN_PIXELS // pixels) if design == "auto" else int(design == "channels")
+        )
+        parts += [small * padded * pixels, *((1 - small) * part for part in (cin, cin * cin, padded * cin))]
     if se_channels:
         parts += [batch * padded] * 2 + [batch * _round_up(se_channels, _LANES)] * 2
     return sum(_round_up(part, 16) for part in parts)
@@ -94,6 +97,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = inputs[1 + WEIGHTS :]
 
 
+def _refuse_inference_gradient(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("mbinvres_inference has no gradient; tfnas_ext.ops.mbinvres has one, by the reference backend")
+
+
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
     mask = list(ctx.needs_input_grad[: 1 + WEIGHTS])
     none = (None,) * len(ctx.options)
@@ -118,6 +125,7 @@ if _native.MODULE is not None:
     torch.library.register_fake("tfnas::gumbel_noise", _fake_gumbel_noise)
     torch.library.register_autograd("tfnas::mbinvres", _backward, setup_context=_setup_context)
     torch.library.register_autograd("tfnas::mbinvres_backward", _refuse_double_backward)
+    torch.library.register_autograd("tfnas::mbinvres_inference", _refuse_inference_gradient)
     for device_type in ("cpu", "cuda"):
         for name in ("mbinvres", "mbinvres_inference"):
             torch.library.register_autocast(f"tfnas::{name}", device_type, AUTOCAST_DTYPE)

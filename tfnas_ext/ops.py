@@ -7,8 +7,11 @@ threads results are the same bits every time. Gradients are differentiable once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tfnas_ext import reference
 from tfnas_ext.backends import choose_backend
@@ -47,13 +50,14 @@ def mbinvres(
 
     The rest and the errors are those of `reference.mbinvres`. Without a backend named, what native kernels do not do is
     done by the reference: other types than float32 and float64, kernels other than 3, 5 and 7, gradients through
-    running statistics (`training` false), and running statistics in some of the norms only.
+    running statistics (`training` false), running statistics in some of the norms only, and what `torch.func`
+    transforms (`grad`, `vmap`, `jvp`). Under autocast the kernels run in float32 and the result is float32.
     """
     norms = (bn1, bn2, bn3) if conv_pw is not None else (bn2, bn3)
     given = [norm.running_mean is not None for norm in norms]
     by_batch = training or not any(given)
-    if _runs_native(x, conv_dw, backend, by_batch or _frozen_inference(given, [x, conv_pw, conv_dw, conv_pwl])):
-        tensors = _weights(conv_pw, conv_dw, conv_pwl, se, bn1, bn2, bn3)
+    tensors = _weights(conv_pw, conv_dw, conv_pwl, se, bn1, bn2, bn3)
+    if _runs_native(x, tensors, backend, by_batch or (all(given) and not _needs_gradient([x, *tensors]))):
         options = (stride, act, residual, conv_dw.shape[0] if width is None else width, eps)
         if by_batch:
             return torch.ops.tfnas.mbinvres(x, *tensors, *options, design)[0]
@@ -96,7 +100,8 @@ def mbinvres_with_statistics(
     design: str = "auto",
 ) -> tuple[Tensor, BatchStatistics]:
     """`mbinvres` in training, and the detached statistics; as `reference.mbinvres_with_statistics`."""
-    if not _runs_native(x, conv_dw, backend, True):
+    tensors = _weights(conv_pw, conv_dw, conv_pwl, se, bn1, bn2, bn3)
+    if not _runs_native(x, tensors, backend, True):
         return reference.mbinvres_with_statistics(
             x,
             conv_pw,
@@ -113,29 +118,40 @@ def mbinvres_with_statistics(
             eps=eps,
         )
     used = conv_dw.shape[0] if width is None else width
-    tensors = _weights(conv_pw, conv_dw, conv_pwl, se, bn1, bn2, bn3)
     out, flat, _ = torch.ops.tfnas.mbinvres(x, *tensors, stride, act, residual, used, eps, design)
     wide = [used] * (2 if conv_pw is None else 4)
     parts: list[Tensor | None] = list(flat.split([*wide, conv_pwl.shape[0], conv_pwl.shape[0]]))
     return out, BatchStatistics(*(parts if conv_pw is not None else [None, None, *parts]))  # type: ignore[arg-type]
 
 
-def _frozen_inference(given: list[bool], tensors: list[Tensor | None]) -> bool:
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return all(given) and not needs_grad
+def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _runs_native(x: Tensor, conv_dw: Tensor, backend: str | None, possible: bool) -> bool:
+def _runs_native(x: Tensor, weights: Sequence[Tensor | None], backend: str | None, possible: bool) -> bool:
+    """Whether native kernels run the call; `possible` says that its norms' statistics are no hindrance."""
     if choose_backend(x.device, backend) == "reference":
         return False
+    conv_dw = weights[1]
+    assert conv_dw is not None
     dtype = AUTOCAST_DTYPE if _autocasts(x) else x.dtype
     fits = possible and dtype in NATIVE_DTYPES and conv_dw.dim() == 4 and conv_dw.shape[-1] in (3, 5, 7)
+    fits = fits and not _transformed([x, *weights])
     if backend is not None and not fits:
         raise ValueError(
-            f"backend={backend!r} runs float32 and float64, kernels 3, 5 and 7, and running statistics in all norms "
-            f"without gradients; got {x.dtype}, conv_dw of shape {list(conv_dw.shape)}. Use backend='reference'."
+            f"backend={backend!r} runs float32 and float64, kernels 3, 5 and 7, running statistics in all norms "
+            f"without gradients, and no torch.func transforms; got {x.dtype}, conv_dw of shape {list(conv_dw.shape)}. "
+            "Use backend='reference'."
         )
     return fits
+
+
+def _transformed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which know nothing of the operators."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(t is not None and (wrapped(t) or forward_ad.unpack_dual(t).tangent is not None) for t in tensors)
 
 
 def _autocasts(x: Tensor) -> bool:
