@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tfnas.architecture import Architecture, Op
+from tfnas.architecture import Architecture, Op, count_multiply_adds
 from tfnas.config import ConfigError, ProfileConfig, SearchConfig
 from tfnas.latency.compare import require_conditions
 from tfnas.latency.conditions import make_engine, make_timer
@@ -26,6 +26,7 @@ from tfnas.space import Space
 
 # Homogeneous networks bound the range only roughly: another mix of operations may be a little faster or slower.
 _ROUGH_MARGIN = 1.3
+_EXTREMES = 2
 _EXTREME_PASSES = 3
 
 
@@ -148,7 +149,10 @@ def check_rough_range(space: Space, conditions: Conditions, target_latency_ms: f
 
 
 def rough_range_ms(space: Space, conditions: Conditions) -> tuple[float, float]:
-    """Latency in ms of the fastest shallow and the slowest deep network made of one candidate throughout."""
+    """Latency in ms of the fastest shallow and the slowest deep network made of one candidate throughout.
+
+    Only the networks with the fewest and the most multiply-adds are measured.
+    """
     engine, timer = make_engine(space, conditions), make_timer(conditions)
     x = engine.input()
 
@@ -157,8 +161,8 @@ def rough_range_ms(space: Space, conditions: Conditions) -> tuple[float, float]:
         timer.run(network, x)
         return min(timer.run(network, x).total_ms for _ in range(_EXTREME_PASSES))
 
-    smallest, largest = zip(*extreme_architectures(space), strict=True)
-    return min(map(measured_ms, smallest)), max(map(measured_ms, largest))
+    smallest, largest = (sorted(of, key=count_multiply_adds) for of in zip(*extreme_architectures(space), strict=True))
+    return min(map(measured_ms, smallest[:_EXTREMES])), max(map(measured_ms, largest[-_EXTREMES:]))
 
 
 def extreme_architectures(space: Space) -> Iterator[tuple[Architecture, Architecture]]:
