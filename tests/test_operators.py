@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from tfnas_ext._native import MODULE
+from tfnas_ext.operators import WEIGHT_NAMES
 
 pytestmark = pytest.mark.skipif(MODULE is None, reason="the native module is not built")
 
@@ -101,3 +103,123 @@ def test_sampling_is_registered_properly() -> None:
         opcheck(torch.ops.tfnas.sample_paths.default, (log_alpha, 2.0, 3, 4, second, valid))
     opcheck(torch.ops.tfnas.uniforms.default, (3, 4, 1, 2, 0))
     opcheck(torch.ops.tfnas.gumbel_noise.default, (3, 4, 1, 2, 0, torch.device("cpu")))
+
+
+# ---------------------------------------------------------------- bad input, straight to the operators
+WRONG_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "sparse csr": lambda t: t.reshape(1, -1).to_sparse_csr(),
+    "quantised": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "complex": lambda t: t.to(torch.complex64),
+    "conjugate": lambda t: t.to(torch.complex64).conj(),
+    "float16": lambda t: t.half(),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "int64": lambda t: t.long(),
+    "bool": lambda t: t > 0,
+    "of another precision": lambda t: t.float(),
+    "a number": lambda t: t.new_zeros(()),
+    "of five dimensions": lambda t: t.reshape(*t.shape, *[1] * (5 - t.dim())),
+    "empty": lambda t: t[:0],
+    "too long": lambda t: torch.cat([t, t[:1]]),
+}
+BLAMED = ("x", *WEIGHT_NAMES[:7])
+
+
+@pytest.mark.parametrize("kind", sorted(WRONG_TENSORS))
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_tensors_are_refused_by_name(kind: str) -> None:
+    """Every tensor in turn, in all three operators. Layouts without kernels are refused by torch's dispatcher."""
+    tensors = [t if t is None else t.detach() for t in tensors_of(make_block(SMALL))]
+    options = options_of(SMALL)
+    out, _, saved = torch.ops.tfnas.mbinvres(*tensors, *options)
+    running = [torch.ones(c).double() for c in (20, 20, 20, 20, 5, 5)]
+    wanted = [t is not None for t in tensors]
+    for index, name in enumerate(BLAMED):
+        wrong: list[Any] = list(tensors)
+        wrong[index] = WRONG_TENSORS[kind](tensors[index])  # type: ignore[arg-type]
+        if kind == "too long" and name == "x":
+            continue  # a batch of three is a batch
+        message = f"{name} |'tfnas::mbinvres.*' backend|as x is|must have shape|Cout"
+        with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+            torch.ops.tfnas.mbinvres(*wrong, *options)
+        with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+            torch.ops.tfnas.mbinvres_backward(out, wrong[0], saved, *wrong[1:], *options, "auto", wanted)
+        with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+            torch.ops.tfnas.mbinvres_inference(*wrong, *running, *options)
+
+
+@pytest.mark.parametrize("kind", sorted(set(WRONG_TENSORS) - {"too long"}))
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_gradients_and_saved_memory_are_refused(kind: str) -> None:
+    tensors = [t if t is None else t.detach() for t in tensors_of(make_block(SMALL))]
+    options = (*options_of(SMALL), "auto", [t is not None for t in tensors])
+    out, _, saved = torch.ops.tfnas.mbinvres(*tensors, *options[:-1])
+    make = WRONG_TENSORS[kind]
+    for dout, memory in ((make(out), saved), (out, make(saved))):
+        with pytest.raises(
+            (ValueError, TypeError, NotImplementedError), match=r"dout|saved|'tfnas::mbinvres_backward'"
+        ):
+            torch.ops.tfnas.mbinvres_backward(dout, tensors[0], memory, *tensors[1:], *options)
+    with pytest.raises(ValueError, match="output_mask asks for the gradient of an argument that is None"):
+        torch.ops.tfnas.mbinvres_backward(out, tensors[0], saved, *tensors[1:], *options[:-1], [True] * 14)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, 3, "stride must be 1 or 2"),
+        (0, 2**40, "stride must be 1 or 2"),
+        (1, "gelu", "act must be one of"),
+        (1, "\0", "act must be one of"),
+        (2, True, "residual needs"),
+        (3, 0, "width must be in 1..20, got 0"),
+        (3, 21, "width must be in 1..20"),
+        (3, -(2**62), "width must be in 1..20"),
+        (3, 2**62, "width must be in 1..20"),
+        (4, 0.0, "eps must be positive and finite"),
+        (4, float("nan"), "eps must be positive and finite"),
+        (4, float("inf"), "eps must be positive and finite"),
+        (5, "rows", "design must be one of"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(index: int, value: Any, message: str) -> None:
+    case = replace(SMALL, out_channels=7, residual=False)
+    options: list[Any] = [*options_of(case), "auto"]
+    options[index] = value
+    with pytest.raises(ValueError, match=message):
+        torch.ops.tfnas.mbinvres(*tensors_of(make_block(case)), *options)
+
+
+def test_meta_tensors_give_shapes() -> None:
+    tensors = [t if t is None else t.detach() for t in tensors_of(make_block(SMALL))]
+    want = torch.ops.tfnas.mbinvres(*tensors, *options_of(SMALL))
+    got = torch.ops.tfnas.mbinvres(*[t if t is None else t.to("meta") for t in tensors], *options_of(SMALL))
+    for a, b in zip(got, want, strict=True):
+        assert (a.device.type, a.shape, a.stride(), a.dtype) == ("meta", b.shape, b.stride(), b.dtype)
+
+
+def test_inference_refuses_gradients() -> None:
+    tensors = tensors_of(make_block(SMALL))
+    running = [torch.ones(c).double() for c in (20, 20, 20, 20, 5, 5)]
+    out = torch.ops.tfnas.mbinvres_inference(*tensors, *running, *options_of(SMALL))
+    with pytest.raises(RuntimeError, match="mbinvres_inference has no gradient"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", sorted(set(WRONG_TENSORS) - {"of another precision", "too long"}))
+@pytest.mark.filterwarnings("ignore")
+def test_sampling_refuses_wrong_tensors(kind: str) -> None:
+    log_alpha = torch.zeros(3, 4, dtype=torch.float64)
+    if kind == "meta":
+        assert torch.ops.tfnas.sample_paths(log_alpha.to("meta"), 1.0, 0, 0, "none").device.type == "meta"
+        return
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=r"log_alpha|layers|'tfnas::sample_paths'"):
+        torch.ops.tfnas.sample_paths(WRONG_TENSORS[kind](log_alpha), 1.0, 0, 0, "random")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64])
+def test_sampling_refuses_masks_that_are_not_bool(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match="valid_mask must be bool"):
+        torch.ops.tfnas.sample_paths(torch.zeros(3, 4), 1.0, 0, 0, "random", torch.ones(3, 4, dtype=dtype))

@@ -7,6 +7,7 @@ registers it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ from torch import Tensor
 
 from tfnas_ext import _native
 
-WEIGHTS = 13  # tensor arguments of torch.ops.tfnas.mbinvres besides x
+WEIGHT_NAMES = (
+    *("conv_pw", "conv_dw", "conv_pwl", "se_reduce_weight", "se_reduce_bias", "se_expand_weight", "se_expand_bias"),
+    *("bn1_weight", "bn1_bias", "bn2_weight", "bn2_bias", "bn3_weight", "bn3_bias"),
+)
+WEIGHTS = len(WEIGHT_NAMES)  # tensor arguments of torch.ops.tfnas.mbinvres besides x
 AUTOCAST_DTYPE = torch.float32  # what the operators run in under autocast, whatever its type is
 
 _LANES = 16  # channels of a plane of the CPU kernels
@@ -49,6 +54,13 @@ def _out_size(size: int, stride: int) -> int:
 
 
 # ---------------------------------------------------------------- fake kernels
+def _check_devices(x: Tensor, tensors: Sequence[Tensor | None], names: Sequence[str]) -> None:
+    """One meta tensor among others calls the fake kernel, whose result would lie uninitialised on their device."""
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as x is, got {tensor.device}")
+
+
 def _fake_out(x: Tensor, conv_pwl: Tensor, stride: int) -> Tensor:
     n, _, h, w = x.shape
     shape = (n, conv_pwl.shape[0], _out_size(h, stride), _out_size(w, stride))
@@ -56,6 +68,7 @@ def _fake_out(x: Tensor, conv_pwl: Tensor, stride: int) -> Tensor:
 
 
 def _fake_mbinvres(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(x, args[:WEIGHTS], WEIGHT_NAMES)
     (conv_pw, _, conv_pwl, se_reduce_weight), (stride, _, _, width, _, *design) = args[:4], args[WEIGHTS:]
     se_channels = 0 if se_reduce_weight is None else se_reduce_weight.shape[0]
     statistics = (2 if conv_pw is None else 4) * width + 2 * conv_pwl.shape[0]
@@ -64,6 +77,7 @@ def _fake_mbinvres(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_backward(dout: Tensor, x: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    _check_devices(x, [dout, saved, *args[:WEIGHTS]], ["dout", "saved", *WEIGHT_NAMES])
     mask = args[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last) if mask[0] else None
     weights = zip(args[:WEIGHTS], mask[1:], strict=True)
@@ -71,6 +85,8 @@ def _fake_backward(dout: Tensor, x: Tensor, saved: Tensor, *args: Any) -> tuple[
 
 
 def _fake_inference(x: Tensor, *args: Any) -> Tensor:
+    running = ("mean1", "var1", "mean2", "var2", "mean3", "var3")
+    _check_devices(x, args[: WEIGHTS + 6], WEIGHT_NAMES + running)
     return _fake_out(x, args[2], args[WEIGHTS + 6])
 
 
