@@ -39,7 +39,7 @@ def make_steps(supernet: Supernet, images: Tensor, labels: Tensor, seed: int) ->
     choices = torch.stack([first, (first + 1) % torch.tensor(counts)])
     if supernet.engine.name == "cuda":
         choices = choices.cuda()
-    optimizer = torch.optim.Adam(supernet.architecture_parameters(), lr=0.01, betas=(0.5, 0.999), capturable=True)
+    optimizer = supernet.architecture_adam(0.01, (0.5, 0.999))
 
     def step_w() -> Tensor:
         step = weight_step(supernet, images, labels, choices, lr=0.0, momentum=0.9, weight_decay=1e-5, max_norm=5.0)

@@ -74,7 +74,7 @@ class Steps:
         torch.manual_seed(0)
         self.autocast = competitor == "eager_autocast"
         self.supernet = Supernet(space, engine=ENGINES.get(competitor, "reference"))
-        self.adam = torch.optim.Adam(self.supernet.architecture_parameters(), lr=1e-3, betas=(0.5, 0.999))
+        self.adam = self.supernet.architecture_adam(1e-3, (0.5, 0.999))
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(batch, space.image_channels, resolution, resolution, generator=generator)
         self.images = images.contiguous(memory_format=torch.channels_last)

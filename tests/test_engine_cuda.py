@@ -1,56 +1,23 @@
 """The CUDA engine, launchers and kernels included, on CPU tensors under the emulator, against a naive body in float64.
 
-What a GPU adds to this is the device itself: its own compiler, tensor cores, streams and memory. Building takes a
-minute, so these run with TFNAS_SLOW=1.
+What a GPU adds to this is the device itself: its own compiler, tensor cores, streams and memory. The first run compiles
+for some 20 s; the random bodies run with TFNAS_SLOW=1.
 """
 
 from __future__ import annotations
 
 import random
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from emulated_engine import emulated
 from engine_case import Case, close, random_body, small_body
 
-import tfnas_ext  # noqa: F401  (defines the operators, where the native module is built)
-from tfnas_ext.engine import EngineFactory, register_engine, run_mixture, run_paths
-from tfnas_ext.engine_cuda import CudaEngine, refusal, shape_refusal
+from tfnas_ext.engine import run_mixture, run_paths
+from tfnas_ext.engine_cuda import refusal, shape_refusal
 from tfnas_ext.engine_spec import BodySpec, CandidateSpec, LayerSpec
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Name of an engine that is `CudaEngine` on emulated kernels."""
-    if shutil.which("c++") is None or shutil.which("ninja") is None:
-        pytest.skip("needs a C++ compiler and ninja")
-    from torch.utils.cpp_extension import load
-
-    emulator = ROOT / "tests" / "emulator"
-    flags = ["-O1", "-w", "-std=c++20", "-DTFNAS_EMULATE"]
-    if not hasattr(torch.ops.tfnas, "_layer_forward"):
-        flags.append("-DTFNAS_DEFINE_OPERATORS")
-    load(
-        "tfnas_emulated",
-        [str(emulator / "emulated_launchers.cpp"), str(emulator / "emulator.cpp")],
-        extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "csrc" / "kernels"), str(emulator)],
-        extra_cflags=flags,
-        build_directory=str(tmp_path_factory.mktemp("emulated")),
-        is_python_module=False,
-    )
-    register_engine("cuda-emulated", EngineFactory(CudaEngine, lambda spec, layers: "for tests only"))
-    return "cuda-emulated"
-
-
-def make_case(emulated: str, spec: BodySpec, seed: int, shape: tuple[int, int, int]) -> Case:
-    register_engine(emulated, EngineFactory(CudaEngine, lambda spec, layers: shape_refusal(spec)))
-    try:
-        return Case(spec, emulated, seed, shape)
-    finally:
-        register_engine(emulated, EngineFactory(CudaEngine, lambda spec, layers: "for tests only"))
+__all__ = ["emulated"]  # the fixture
 
 
 def random_sink_body(rng: random.Random) -> BodySpec:
@@ -60,14 +27,13 @@ def random_sink_body(rng: random.Random) -> BodySpec:
             return spec
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_paths_and_mixture(emulated: str, seed: int) -> None:
     rng = random.Random(seed)
     spec = small_body("sink") if seed == 0 else random_sink_body(rng)
     strides = sum(layer.stride == 2 for layer in spec.layers)
     size = 2 * 2**strides
-    case = make_case(emulated, spec, seed, (2, size + rng.randint(0, 3), size + rng.randint(0, 3)))
+    case = Case(spec, emulated, seed, (2, size + rng.randint(0, 3), size + rng.randint(0, 3)))
     paths = 1 + seed % 2
     outs = run_paths(case.engine, case.x, case.choices[:paths], case.v)
     wants = [case.naive.path(case.x, choice, case.v) for choice in case.choices[:paths].tolist()]
@@ -96,11 +62,10 @@ def test_paths_and_mixture(emulated: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("same", [False, True])
-@pytest.mark.slow
 def test_clip_and_sgd(emulated: str, same: bool) -> None:
     """Three steps equal those of the plain PyTorch engine, also where both paths take the same candidates."""
     ours, plain = (
-        make_case(emulated, small_body("sink"), 3, (2, 7, 6)),
+        Case(small_body("sink"), emulated, 3, (2, 7, 6)),
         Case(small_body("sink"), "reference", 3, (2, 7, 6)),
     )
     dense = [[torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)] for _ in range(2)]
@@ -125,10 +90,9 @@ def test_clip_and_sgd(emulated: str, same: bool) -> None:
         ours.engine.clip_and_sgd_(0.1, 0.9, 0, 5.0, [])
 
 
-@pytest.mark.slow
 def test_choices_are_not_read_on_the_host(emulated: str) -> None:
     """A choice past the last candidate is clamped on the device, and the launch goes on: no check that would wait."""
-    case = make_case(emulated, small_body("sink"), 4, (2, 5, 5))
+    case = Case(small_body("sink"), emulated, 4, (2, 5, 5))
     last = torch.tensor([[len(layer.candidates) - 1 for layer in case.spec.layers]])
     outs = [case.engine.forward_paths(case.x, choices, case.v, False)[0][0] for choices in (last, last + 9)]
     assert torch.equal(*outs)
@@ -151,9 +115,8 @@ def test_refusals() -> None:
         ({"x": torch.zeros(0, 4, 4, 4, dtype=torch.float64)}, "non-empty"),
     ],
 )
-@pytest.mark.slow
 def test_bad_arguments(emulated: str, change: dict[str, torch.Tensor | None], message: str) -> None:
-    case = make_case(emulated, small_body("sink"), 0, (2, 5, 5))
+    case = Case(small_body("sink"), emulated, 0, (2, 5, 5))
     arguments = {"x": case.x, "choices": case.choices, "v": case.v} | change
     with pytest.raises(ValueError, match=message):
         case.engine.forward_paths(arguments["x"], arguments["choices"], arguments["v"], False)

@@ -153,9 +153,9 @@ def test_second_optimizer_states_may_be_kept(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         changes = {"weights__restart_each_epoch": restart, "architecture__restart_each_epoch": restart}
         result = search(tiny_config(tmp_path / name, **changes), [])
-        finals.append((result.supernet.log_alpha.detach().clone(), load_checkpoint(result.folder)[0]["adam"]["state"]))
+        finals.append((result.supernet.log_alpha.detach().clone(), load_checkpoint(result.folder)[0]["adam"]))
     assert not torch.equal(finals[0][0], finals[1][0])
-    assert [float(state[0]["step"]) for _, state in finals] == [2.0, 4.0]
+    assert [float(adam["steps"]) for _, adam in finals] == [2.0, 4.0]
 
 
 @pytest.mark.parametrize("target", [0.0001, 1e6])

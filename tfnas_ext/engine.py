@@ -44,6 +44,14 @@ class SupernetEngine(Protocol):
         """As given to `make_engine`, for reports."""
         ...
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a step makes no choice on the host: a CUDA graph of it can be replayed for other choices.
+
+        It may allocate and wait in the first step after `set_widths` only.
+        """
+        ...
+
     def set_widths(self, widths: list[list[int]]) -> None:
         """`widths[l][i]`: mid channels in use of candidate i of layer l, 1..max_width, and 0 for the identity.
 
@@ -90,7 +98,7 @@ class SupernetEngine(Protocol):
 
     def clip_and_sgd_(
         self,
-        lr: float,
+        lr: float | Tensor,
         momentum: float,
         weight_decay: float,
         max_norm: float,
@@ -102,7 +110,8 @@ class SupernetEngine(Protocol):
         With n the 2-norm of all these gradients together and c = min(1, max_norm / (n + 1e-6)): g = c * g +
         weight_decay * w; buffer = momentum * buffer + g; w = w - lr * buffer, PyTorch's rule for buffers that start
         at zero. What was not sampled, and channels beyond a width, get no update, no momentum and no decay. `max_norm`
-        infinite does not clip. Returns n, 0-d, without synchronisation. RuntimeError where no gradient is pending.
+        infinite does not clip. `lr` may be a 0-d tensor of the weights' type and device. Returns n, 0-d, without
+        synchronisation. RuntimeError where no gradient is pending.
         """
         ...
 

@@ -44,6 +44,7 @@ class CudaEngine:
     """
 
     name = "cuda"
+    capturable = True
 
     def __init__(self, spec: BodySpec, layers: Sequence[PackedLayer]) -> None:
         self.spec = spec
@@ -113,7 +114,7 @@ class CudaEngine:
     @torch.no_grad()
     def clip_and_sgd_(
         self,
-        lr: float,
+        lr: float | Tensor,
         momentum: float,
         weight_decay: float,
         max_norm: float,
@@ -121,21 +122,12 @@ class CudaEngine:
     ) -> Tensor:
         if not self._paths:
             raise RuntimeError("clip_and_sgd_ needs the gradients of a backward_paths since the last call")
-        segments = self._segments[self._paths]
-        like = self.layers[0].weights()[0]
-        squared = torch.ops.tfnas._segments_norm(segments, like)
-        params, grads, buffers = ([row[i] for row in dense] for i in range(3))
-        if dense:
-            squared = squared + torch.stack(torch._foreach_norm(grads)).to(squared.dtype).square().sum()
-        norm = squared.sqrt()
-        coefficient = (max_norm / (norm + 1e-6)).clamp(max=1)
-        torch.ops.tfnas._segments_sgd(segments, coefficient, lr, momentum, weight_decay)
-        if dense:
-            grads = list(torch._foreach_mul(grads, coefficient))
-            torch._foreach_add_(grads, params, alpha=weight_decay)
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, grads)
-            torch._foreach_add_(params, buffers, alpha=-lr)
+        segments, like = self._segments[self._paths], self.layers[0].weights()[0]
+        params, momenta = [row[0] for row in dense], [row[2] for row in dense]
+        grads = [_laid_out_as(param, grad) for param, grad, _ in dense]
+        norm, coefficient = torch.ops.tfnas._gradient_norm(segments, grads, max_norm, like)
+        rate = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=like.dtype, device=like.device)
+        torch.ops.tfnas._clipped_sgd(segments, params, grads, momenta, coefficient, rate, momentum, weight_decay)
         self._paths = 0
         return norm
 
@@ -274,6 +266,14 @@ class CudaEngine:
                 buffers = [] if path is None else self._gradients[path][index]
                 dx, du[index] = torch.ops.tfnas._layer_backward(layer.x, grad, layer.saved, *arguments, wanted, buffers)
         return (dx if need_dx else None), du, dv
+
+
+def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
+    """`grad`, copied where its elements do not lie in memory in the order of `param`'s."""
+    strides = zip(param.shape, param.stride(), grad.stride(), strict=True)
+    if all(a == b for size, a, b in strides if size > 1):
+        return grad
+    return torch.empty_like(param).copy_(grad)
 
 
 def refusal(spec: BodySpec, layers: Sequence[PackedLayer]) -> str | None:

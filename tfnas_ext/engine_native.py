@@ -51,6 +51,7 @@ class NativeEngine:
     """
 
     name = "native"
+    capturable = False
 
     def __init__(self, spec: BodySpec, layers: Sequence[PackedLayer]) -> None:
         assert _native.MODULE is not None  # native_refusal
@@ -127,7 +128,7 @@ class NativeEngine:
     @torch.no_grad()
     def clip_and_sgd_(
         self,
-        lr: float,
+        lr: float | Tensor,
         momentum: float,
         weight_decay: float,
         max_norm: float,
@@ -146,7 +147,7 @@ class NativeEngine:
                 row = [tensor.to(dtype).contiguous() for tensor in row]
             moved += [(t, c) for t, c in zip((parameter, buffer), (row[0], row[2]), strict=True) if t is not c]
             flat += row
-        norm = self._native.clip_and_sgd(self._weights(), momenta, flat, lr, momentum, weight_decay, max_norm)
+        norm = self._native.clip_and_sgd(self._weights(), momenta, flat, float(lr), momentum, weight_decay, max_norm)
         for tensor, copy in moved:
             tensor.copy_(copy)
         return torch.tensor(norm, dtype=dtype)

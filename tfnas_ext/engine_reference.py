@@ -39,6 +39,7 @@ class ReferenceEngine:
     """
 
     name = "reference"
+    capturable = False
     memory_format = torch.channels_last
 
     def __init__(self, spec: BodySpec, layers: Sequence[PackedLayer]) -> None:
@@ -117,7 +118,7 @@ class ReferenceEngine:
     @torch.no_grad()
     def clip_and_sgd_(
         self,
-        lr: float,
+        lr: float | Tensor,
         momentum: float,
         weight_decay: float,
         max_norm: float,
@@ -140,7 +141,7 @@ class ReferenceEngine:
             grads,
             list(buffers),
             foreach=True,
-            lr=lr,
+            lr=float(lr),
             momentum=momentum,
             weight_decay=weight_decay,
             dampening=0,

@@ -104,6 +104,16 @@ def _fake_gumbel_noise(layers: int, candidates: int, seed: int, step: int, path:
     return torch.empty((layers, candidates), dtype=torch.float64, device=device)
 
 
+def _fake_sample_paths_at(
+    log_alpha: Tensor, tau: Tensor, clock: Tensor, second: str, valid_mask: Tensor | None = None
+) -> Tensor:
+    return log_alpha.new_empty((1 if second == "none" else 2, log_alpha.shape[0]), dtype=torch.int64)
+
+
+def _fake_gumbel_noise_at(layers: int, candidates: int, clock: Tensor, path: int) -> Tensor:
+    return torch.empty((layers, candidates), dtype=torch.float64, device=clock.device)
+
+
 # ---------------------------------------------------------------- gradients
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, statistics, saved = output
@@ -139,6 +149,8 @@ if _native.MODULE is not None:
     torch.library.register_fake("tfnas::sample_paths", _fake_sample_paths)
     torch.library.register_fake("tfnas::uniforms", _fake_uniforms)
     torch.library.register_fake("tfnas::gumbel_noise", _fake_gumbel_noise)
+    torch.library.register_fake("tfnas::sample_paths_at", _fake_sample_paths_at)
+    torch.library.register_fake("tfnas::gumbel_noise_at", _fake_gumbel_noise_at)
     torch.library.register_autograd("tfnas::mbinvres", _backward, setup_context=_setup_context)
     torch.library.register_autograd("tfnas::mbinvres_backward", _refuse_double_backward)
     torch.library.register_autograd("tfnas::mbinvres_inference", _refuse_inference_gradient)

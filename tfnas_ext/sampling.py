@@ -79,9 +79,34 @@ def sample_paths(
             valid log_alpha is not finite or a layer has no valid candidate; on a GPU these are not read back.
     """
     _check_counter(seed, step)
+    _check_tau(tau)
     if choose_backend(log_alpha.device, backend) == "reference":
         return _sample_paths(log_alpha.detach(), tau, seed, step, second, valid_mask)
     return torch.ops.tfnas.sample_paths(log_alpha.detach(), tau, seed, step, second, valid_mask)
+
+
+def sample_paths_at(
+    log_alpha: Tensor,
+    tau: Tensor,
+    clock: Tensor,
+    second: str = "random",
+    valid_mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`sample_paths` where temperature, seed and step lie on log_alpha's device: a captured step draws new paths.
+
+    Args:
+        log_alpha, second, valid_mask, backend: as for `sample_paths`.
+        tau: float64 0-d, positive.
+        clock: int64 [2], (seed, step).
+
+    Returns, raises: as `sample_paths`; values on a GPU are not read back.
+    """
+    _check_stored(clock, tau, log_alpha.device)
+    if choose_backend(log_alpha.device, backend) == "reference":
+        return _sample_paths(log_alpha.detach(), tau, clock[0], clock[1], second, valid_mask)
+    return torch.ops.tfnas.sample_paths_at(log_alpha.detach(), tau, clock, second, valid_mask)
 
 
 def gumbel_softmax_weights(
@@ -114,6 +139,29 @@ def gumbel_softmax_weights(
         noise = _gumbel(_uniforms(seed, step, layers, candidates, MIXTURE, log_alpha.device))
     else:
         noise = torch.ops.tfnas.gumbel_noise(layers, candidates, seed, step, MIXTURE, log_alpha.device)
+    return _gumbel_softmax(log_alpha, noise, tau, valid_mask)
+
+
+def gumbel_softmax_weights_at(
+    log_alpha: Tensor,
+    tau: Tensor,
+    clock: Tensor,
+    valid_mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`gumbel_softmax_weights` where temperature, seed and step lie on the device, as for `sample_paths_at`."""
+    _check_alpha(log_alpha, valid_mask, values=False)
+    _check_stored(clock, tau, log_alpha.device)
+    layers, candidates = log_alpha.shape
+    if choose_backend(log_alpha.device, backend) == "reference":
+        noise = _gumbel(_uniforms(clock[0], clock[1], layers, candidates, MIXTURE, log_alpha.device))
+    else:
+        noise = torch.ops.tfnas.gumbel_noise_at(layers, candidates, clock, MIXTURE)
+    return _gumbel_softmax(log_alpha, noise, tau.to(log_alpha.dtype), valid_mask)
+
+
+def _gumbel_softmax(log_alpha: Tensor, noise: Tensor, tau: float | Tensor, valid_mask: Tensor | None) -> Tensor:
     scores = (log_alpha + noise.to(log_alpha.dtype)) / tau
     if valid_mask is not None:
         scores = scores.masked_fill(~valid_mask, -torch.inf)
@@ -123,7 +171,7 @@ def gumbel_softmax_weights(
 # The executable specification, in plain PyTorch. It mirrors csrc/kernels/sampling.cuh operation by operation.
 
 
-def _philox4x32_10(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+def _philox4x32_10(counter: list[Tensor], key: tuple[int | Tensor, int | Tensor]) -> list[Tensor]:
     """Philox4x32-10 on int64 tensors that hold 32-bit words."""
     key0, key1 = key
     for _ in range(10):
@@ -135,11 +183,13 @@ def _philox4x32_10(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return counter
 
 
-def _uniforms(seed: int, step: int, layers: int, candidates: int, path: int, device: torch.device) -> Tensor:
+def _uniforms(
+    seed: int | Tensor, step: int | Tensor, layers: int, candidates: int, path: int, device: torch.device
+) -> Tensor:
     pairs = (candidates + 1) // 2
     pair = torch.arange(pairs, device=device).repeat(layers, 1)
     layer = torch.arange(layers, device=device).unsqueeze(1).expand(layers, pairs) | (path << 24)
-    low, high = torch.full_like(pair, step & _MASK32), torch.full_like(pair, step >> 32)
+    low, high = torch.zeros_like(pair) + (step & _MASK32), torch.zeros_like(pair) + (step >> 32)
     word = _philox4x32_10([pair, layer, low, high], (seed & _MASK32, seed >> 32))
     # 52 random bits k of a pair of words give (k + 1/2) 2^-52, exact in float64.
     bits = torch.stack([(word[1] << 20) | (word[0] >> 12), (word[3] << 20) | (word[2] >> 12)], dim=2)
@@ -173,10 +223,14 @@ def _argmax(scores: Tensor, usable: Tensor) -> Tensor:
 
 
 def _sample_paths(
-    log_alpha: Tensor, tau: float, seed: int, step: int, second: str, valid_mask: Tensor | None
+    log_alpha: Tensor,
+    tau: float | Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
+    second: str,
+    valid_mask: Tensor | None,
 ) -> Tensor:
-    _check_alpha(log_alpha, valid_mask)
-    _check_tau(tau)
+    _check_alpha(log_alpha, valid_mask, values=isinstance(tau, float | int))
     if second not in SECOND_PATHS:
         raise ValueError(f"second must be one of {', '.join(SECOND_PATHS)}, got {second!r}")
     layers, candidates = log_alpha.shape
@@ -212,6 +266,13 @@ def _check_counter(seed: int, step: int) -> None:
             raise ValueError(f"{name} must be in [0, 2**63), got {value}")
 
 
+def _check_stored(clock: Tensor, tau: Tensor, device: torch.device) -> None:
+    for name, tensor, shape, dtype in (("clock", clock, (2,), torch.int64), ("tau", tau, (), torch.float64)):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
+            got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} must be {dtype} {list(shape)} on {device}, got {got}")
+
+
 def _check_size(layers: int, candidates: int, path: int) -> None:
     for name, value in (("layers", layers), ("candidates", candidates)):
         if not 1 <= value <= _MAX_LAYERS:
@@ -225,7 +286,7 @@ def _check_tau(tau: float) -> None:
         raise ValueError(f"tau must be a positive, finite temperature, got {tau}")
 
 
-def _check_alpha(log_alpha: Tensor, valid_mask: Tensor | None) -> None:
+def _check_alpha(log_alpha: Tensor, valid_mask: Tensor | None, values: bool = True) -> None:
     if log_alpha.dim() != 2:
         raise ValueError(f"log_alpha must be [layers, candidates], got shape {list(log_alpha.shape)}")
     if log_alpha.dtype not in (torch.float32, torch.float64):
@@ -240,7 +301,7 @@ def _check_alpha(log_alpha: Tensor, valid_mask: Tensor | None) -> None:
             raise ValueError(f"valid_mask must have log_alpha's shape {expected}, got {got}")
         if valid_mask.device != log_alpha.device:
             raise ValueError(f"valid_mask must be on {log_alpha.device} as log_alpha is, got {valid_mask.device}")
-    if log_alpha.device.type != "cpu":
+    if not values or log_alpha.device.type != "cpu":
         return  # looking at values would wait for the device
     usable = torch.ones_like(log_alpha, dtype=torch.bool) if valid_mask is None else valid_mask
     broken = (usable & ~torch.isfinite(log_alpha)).nonzero()

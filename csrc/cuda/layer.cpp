@@ -5,8 +5,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "cuda/arguments.h"
 #include "cuda/device.h"
-#include "kernels/sgd.h"
 
 namespace tfnas::cuda {
 namespace {
@@ -87,12 +87,6 @@ struct Call {
   double eps;
 };
 
-void check_tensor(const Tensor& t, const char* name, const Tensor& x, at::ScalarType type) {
-  TORCH_CHECK_VALUE(t.device() == x.device(), name, " must be on ", x.device(), " as x is, got ", t.device());
-  TORCH_CHECK_TYPE(t.scalar_type() == type, name, " must be ", type, ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous");
-}
-
 template <class T>
 LayerArgs<T> make_args(const Call& c, const DeviceScope& device) {
   using A = Acc<T>;
@@ -105,17 +99,17 @@ LayerArgs<T> make_args(const Call& c, const DeviceScope& device) {
   TORCH_CHECK_VALUE(c.x.numel() < int64_t{1} << 31, "x has ", c.x.numel(),
                     " elements, at most 2^31 - 1 are supported");
   TORCH_CHECK_VALUE(c.weights.size() == 7, "weights must be seven tensors, got ", c.weights.size());
-  for (int i = 0; i < 7; i++) check_tensor(c.weights[i], names[i], c.x, accumulator);
+  for (int i = 0; i < 7; i++) check_tensor(c.weights[i], names[i], c.x.device(), accumulator);
   TORCH_CHECK_VALUE(c.stride == 1 || c.stride == 2, "stride must be 1 or 2, got ", c.stride);
   LayerArgs<T> a{};
   a.host_table = read_table(c.table);
   a.table = reinterpret_cast<const LayerTable*>(c.device_table.const_data_ptr());
   if (c.choice) {
-    check_tensor(*c.choice, "choice", c.x, at::kInt);
+    check_tensor(*c.choice, "choice", c.x.device(), at::kInt);
     a.choice = c.choice->const_data_ptr<int>();
   }
   if (c.u) {
-    check_tensor(*c.u, "u", c.x, accumulator);
+    check_tensor(*c.u, "u", c.x.device(), accumulator);
     a.u = c.u->const_data_ptr<A>();
   }
   TORCH_CHECK_VALUE(c.choice.has_value() != c.u.has_value(),
@@ -206,7 +200,7 @@ std::tuple<Tensor, Tensor> layer_backward_op(const Tensor& x, const Tensor& dout
       const int64_t wanted[3] = {int64_t{size.active} * args.in_channels, int64_t{size.active} * size.taps,
                                  int64_t{size.active} * args.out_channels};
       for (int i = 0; i < 7; i++) {
-        check_tensor(grads[i], "grads", x, Scalar<T>::accumulator);
+        check_tensor(grads[i], "grads", x.device(), Scalar<T>::accumulator);
         const int64_t least = i < 3 ? wanted[i] : weights[i].numel();
         TORCH_CHECK_VALUE(grads[i].numel() >= least, "grads[", i, "] must hold ", least, " elements, got ",
                           grads[i].numel());
@@ -226,61 +220,11 @@ std::tuple<Tensor, Tensor> layer_backward_op(const Tensor& x, const Tensor& dout
   });
 }
 
-// A row of `segments` is one Segment, field by field (null is 0; role and columns share one element, role
-// low). The engine fills it once per epoch.
-constexpr int64_t kSegmentFields = sizeof(Segment<float>) / 8;
-static_assert(sizeof(Segment<float>) == 72 && sizeof(Segment<float>) == sizeof(Segment<double>));
-
-void check_segments(const Tensor& segments) {
-  TORCH_CHECK_VALUE(segments.dim() == 2 && segments.size(1) == kSegmentFields && segments.is_contiguous() &&
-                        segments.scalar_type() == at::kLong,
-                    "segments must be a contiguous int64 [n, ", kSegmentFields, "], got ", segments.sizes());
-}
-
-template <class A>
-const Segment<A>* segment_data(const Tensor& segments) {
-  return reinterpret_cast<const Segment<A>*>(segments.const_data_ptr());
-}
-
-Tensor segments_norm_op(const Tensor& segments, const Tensor& like) {
-  check_segments(segments);
-  const DeviceScope device(segments.device());
-  const int count = static_cast<int>(segments.size(0));
-  Tensor partial = at::empty({count * kSegmentBlocks}, like.options()),
-         norm_squared = at::empty({}, like.options());
-  if (like.scalar_type() == at::kDouble) {
-    segments_norm(segment_data<double>(segments), count, partial.mutable_data_ptr<double>(),
-                  norm_squared.mutable_data_ptr<double>(), device.stream());
-  } else {
-    segments_norm(segment_data<float>(segments), count, partial.mutable_data_ptr<float>(),
-                  norm_squared.mutable_data_ptr<float>(), device.stream());
-  }
-  device.check_launches();
-  return norm_squared;
-}
-
-void segments_sgd_op(const Tensor& segments, const Tensor& scale, double lr, double momentum,
-                     double weight_decay) {
-  check_segments(segments);
-  const DeviceScope device(segments.device());
-  const int count = static_cast<int>(segments.size(0));
-  if (scale.scalar_type() == at::kDouble) {
-    segments_sgd(segment_data<double>(segments), count, scale.const_data_ptr<double>(), lr, momentum,
-                 weight_decay, device.stream());
-  } else {
-    segments_sgd(segment_data<float>(segments), count, scale.const_data_ptr<float>(), static_cast<float>(lr),
-                 static_cast<float>(momentum), static_cast<float>(weight_decay), device.stream());
-  }
-  device.check_launches();
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tfnas, TFNAS_DEVICE_KEY, m) {
   m.impl("_layer_forward", &layer_forward_op);
   m.impl("_layer_backward", &layer_backward_op);
-  m.impl("_segments_norm", &segments_norm_op);
-  m.impl("_segments_sgd", &segments_sgd_op);
 }
 
 TORCH_LIBRARY_IMPL(tfnas, CompositeExplicitAutograd, m) { m.impl("_layer_table", &layer_table); }

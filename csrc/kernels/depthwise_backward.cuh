@@ -243,7 +243,7 @@ __device__ inline void depthwise_backward_run(const DepthwiseBackwardArgs<T>& a,
 
 // grid (tiles, chunk runs), block 32 * WARPS.
 template <class T, Math M, int S, int WARPS, int RBH, int RBW>
-__global__ void __launch_bounds__(WARPS * 32) depthwise_backward(DepthwiseBackwardArgs<T> a) {
+__global__ void __launch_bounds__(WARPS * 32, 1) depthwise_backward(DepthwiseBackwardArgs<T> a) {
   using Word = typename Operand<T, M>::Word;
   TFNAS_DYN_SHARED(Word, shared);
   const int choice = chosen(a.choice);

@@ -66,7 +66,7 @@ constexpr int kInputGradPixels = 32;
 // `residual` points to the factor of dout (sum of the mixture's weights, or 1), or is null. grid ceil(pixels
 // / 32), block 256, shared memory 32 * channels.
 template <class T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     input_grad(const Acc<T>* parts, const Acc<T>* shift, const Acc<T>* correction, const T* x,
                const Acc<T>* mean, const T* dout, const Acc<T>* residual, T* dx, int part_count,
                int64_t pixels, int channels) {

@@ -45,10 +45,12 @@ __host__ __device__ constexpr int row_pitch(int k) {
 __device__ inline unsigned round_to_tf32(float x) {
 #ifdef TFNAS_EMULATE
   return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;  // to nearest, halves away from zero
-#else
+#elif __CUDA_ARCH__ >= 800
   unsigned r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
   return r;
+#else
+  return __float_as_uint(x);  // launchers choose kFma below sm_80
 #endif
 }
 

@@ -29,7 +29,7 @@ struct OuterProductArgs {
 // grid (pixel runs, column runs, chunks), block kOuterThreads. M is kFma, kTf32 or kTf32x3 (bf16 is exact in
 // tf32).
 template <class T, Math M, class F>
-__global__ void __launch_bounds__(kOuterThreads) outer_product(OuterProductArgs<T, F> a) {
+__global__ void __launch_bounds__(kOuterThreads, 1) outer_product(OuterProductArgs<T, F> a) {
   TFNAS_SHARED(Acc<T>, zs, [kOuterPixels][kChunk + 8]);
   TFNAS_SHARED(Acc<T>, ns, [kOuterPixels][kOuterColumns + 8]);
   Chunk chunk{};

@@ -2,14 +2,17 @@
 #pragma once
 
 #include "compat.cuh"
+#include "draw_key.h"
 #include "sampling.cuh"
 
 namespace tfnas {
 
 // One thread a layer: a few dozen candidates each, and layers are few.
 __global__ void sample_paths_kernel(const double* log_alpha, const bool* valid, int64_t layers,
-                                    int candidates, double tau, uint64_t seed, uint64_t step,
-                                    SecondPath second, int64_t* choice) {
+                                    int candidates, DrawKey given, SecondPath second, int64_t* choice) {
+  const DrawKey key = given.resolved();
+  const double tau = key.tau;
+  const uint64_t seed = key.seed, step = key.step;
   const int64_t l = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (l >= layers) return;
   const LayerCandidates layer = {log_alpha + l * candidates,
@@ -21,11 +24,12 @@ __global__ void sample_paths_kernel(const double* log_alpha, const bool* valid, 
     choice[layers + l] = second_choice(layer, second, tau, seed, step, index, first);
 }
 
-__global__ void gumbel_noise_kernel(int64_t total, int candidates, uint64_t seed, uint64_t step,
-                                    Stream numbers, double* out) {
+__global__ void gumbel_noise_kernel(int64_t total, int candidates, DrawKey given, Stream numbers,
+                                    double* out) {
+  const DrawKey key = given.resolved();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= total) return;
-  out[i] = gumbel(uniform(seed, step, static_cast<uint32_t>(i / candidates),
+  out[i] = gumbel(uniform(key.seed, key.step, static_cast<uint32_t>(i / candidates),
                           static_cast<uint32_t>(i % candidates), numbers));
 }
 

@@ -6,6 +6,7 @@
 // do.
 #pragma once
 
+#include "block_sum.cuh"
 #include "numbers.cuh"
 #include "sgd.h"
 
@@ -63,17 +64,27 @@ __global__ void __launch_bounds__(256) segment_squares(const Segment<A>* segment
       if (locate(s, path, i, grad) >= 0) sum += static_cast<double>(grad) * grad;
     }
   }
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int i = 1; i < 8; i++) sum += sums[i];
-  partial[blockIdx.y * gridDim.x + blockIdx.x] = static_cast<A>(sum);
+  sum = block_sum(sum, sums);
+  if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = static_cast<A>(sum);
+}
+
+// grid (kSegmentBlocks, tensors), block 256.
+template <class A>
+__global__ void __launch_bounds__(256) dense_squares(DenseTensors<A> dense, A* partial) {
+  TFNAS_SHARED(double, sums, [8]);
+  const A* grad = dense.grad[blockIdx.y];
+  const int64_t size = dense.size[blockIdx.y];
+  double sum = 0;
+  for (int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x; i < size; i += int64_t{gridDim.x} * 256)
+    sum += static_cast<double>(grad[i]) * grad[i];
+  sum = block_sum(sum, sums);
+  if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = static_cast<A>(sum);
 }
 
 // One block of 256: a thread adds every 256th partial sum, thread 0 adds the threads.
 template <class A>
-__global__ void __launch_bounds__(256) add_squares(const A* partial, A* norm_squared, int count) {
+__global__ void __launch_bounds__(256)
+    finish_norm(const A* partial, A* norm, A* coefficient, int count, double max_norm) {
   TFNAS_SHARED(double, sums, [256]);
   double sum = 0;
   for (int i = threadIdx.x; i < count; i += 256) sum += partial[i];
@@ -81,40 +92,67 @@ __global__ void __launch_bounds__(256) add_squares(const A* partial, A* norm_squ
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int i = 1; i < 256; i++) sum += sums[i];
-  *norm_squared = static_cast<A>(sum);
+  const double length = sqrt(sum), share = max_norm / (length + 1e-6);
+  *norm = static_cast<A>(length);
+  *coefficient = static_cast<A>(share > 1 ? 1 : share);  // a NaN stays one
+}
+
+template <class A>
+__device__ inline void sgd_update(A& weight, A& momentum, A grad, A coefficient, A lr, A m, A weight_decay) {
+  momentum = m * momentum + (coefficient * grad + weight_decay * weight);
+  weight -= lr * momentum;
 }
 
 // grid (kSegmentBlocks, segments), block 256.
 template <class A>
 __global__ void __launch_bounds__(256)
-    segment_sgd(const Segment<A>* segments, const A* scale, A lr, A m, A weight_decay) {
+    segment_sgd(const Segment<A>* segments, const A* coefficient, const A* lr, A m, A weight_decay) {
   const Segment<A> s = segments[blockIdx.y];
   for (int path = 0; path < 2; path++) {
     if (!s.grad[path]) continue;
     for (int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x; i < s.size; i += int64_t{gridDim.x} * 256) {
       A grad = 0;
       const int64_t at = locate(s, path, i, grad);
-      if (at < 0) continue;
-      const A weight = s.weight[at];
-      const A step = m * s.momentum[at] + (*scale * grad + weight_decay * weight);
-      s.momentum[at] = step;
-      s.weight[at] = weight - lr * step;
+      if (at >= 0) sgd_update(s.weight[at], s.momentum[at], grad, *coefficient, *lr, m, weight_decay);
     }
   }
 }
 
+// grid (kSegmentBlocks, tensors), block 256.
 template <class A>
-void segments_norm(const Segment<A>* segments, int count, A* partial, A* norm_squared, cudaStream_t stream) {
-  TFNAS_LAUNCH((segment_squares<A>), dim3(kSegmentBlocks, count), dim3(256), 0, stream, segments, partial);
-  const int partials = count * kSegmentBlocks;
-  TFNAS_LAUNCH((add_squares<A>), dim3(1), dim3(256), 0, stream, partial, norm_squared, partials);
+__global__ void __launch_bounds__(256)
+    dense_sgd(DenseTensors<A> dense, const A* coefficient, const A* lr, A m, A weight_decay) {
+  const int t = blockIdx.y;
+  for (int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x; i < dense.size[t]; i += int64_t{gridDim.x} * 256)
+    sgd_update(dense.weight[t][i], dense.momentum[t][i], dense.grad[t][i], *coefficient, *lr, m,
+               weight_decay);
 }
 
 template <class A>
-void segments_sgd(const Segment<A>* segments, int count, const A* scale, A lr, A m, A weight_decay,
-                  cudaStream_t stream) {
-  TFNAS_LAUNCH((segment_sgd<A>), dim3(kSegmentBlocks, count), dim3(256), 0, stream, segments, scale, lr, m,
-               weight_decay);
+void gradient_norm(const Segment<A>* segments, int count, const DenseTensors<A>* dense, int groups,
+                   double max_norm, A* partial, A* norm, A* coefficient, cudaStream_t stream) {
+  TFNAS_LAUNCH((segment_squares<A>), dim3(kSegmentBlocks, count), dim3(256), 0, stream, segments, partial);
+  int partials = count * kSegmentBlocks;
+  for (int g = 0; g < groups; g++) {
+    const DenseTensors<A> group = dense[g];
+    A* mine = partial + partials;
+    TFNAS_LAUNCH((dense_squares<A>), dim3(kSegmentBlocks, group.count), dim3(256), 0, stream, group, mine);
+    partials += group.count * kSegmentBlocks;
+  }
+  TFNAS_LAUNCH((finish_norm<A>), dim3(1), dim3(256), 0, stream, partial, norm, coefficient, partials,
+               max_norm);
+}
+
+template <class A>
+void clipped_sgd(const Segment<A>* segments, int count, const DenseTensors<A>* dense, int groups,
+                 const A* coefficient, const A* lr, A m, A weight_decay, cudaStream_t stream) {
+  TFNAS_LAUNCH((segment_sgd<A>), dim3(kSegmentBlocks, count), dim3(256), 0, stream, segments, coefficient, lr,
+               m, weight_decay);
+  for (int g = 0; g < groups; g++) {
+    const DenseTensors<A> group = dense[g];
+    TFNAS_LAUNCH((dense_sgd<A>), dim3(kSegmentBlocks, group.count), dim3(256), 0, stream, group, coefficient,
+                 lr, m, weight_decay);
+  }
 }
 
 }  // namespace tfnas::cuda

@@ -19,14 +19,29 @@ struct Segment {
   int64_t size;  // elements of `grad`
 };
 
-// partial [count * kSegmentBlocks], norm_squared [1]: sum of the squared sampled gradients, in a fixed order.
+// Whole tensors, each with a gradient and a momentum of the same layout. Passed by value: their addresses
+// need no table in device memory.
+constexpr int kDenseTensors = 24;
+template <class A>
+struct DenseTensors {
+  int count;
+  A *weight[kDenseTensors], *momentum[kDenseTensors];
+  const A* grad[kDenseTensors];
+  int64_t size[kDenseTensors];
+};
+
+// norm [1]: 2-norm of the sampled gradients of `segments` and of those of `dense` (`groups` of them)
+// together, in a fixed order; coefficient [1] = min(1, max_norm / (norm + 1e-6)), NaN where the norm is.
+// partial: one value for each of kSegmentBlocks of every segment and every dense tensor.
 constexpr int kSegmentBlocks = 16;
 template <class A>
-void segments_norm(const Segment<A>* segments, int count, A* partial, A* norm_squared, cudaStream_t stream);
+void gradient_norm(const Segment<A>* segments, int count, const DenseTensors<A>* dense, int groups,
+                   double max_norm, A* partial, A* norm, A* coefficient, cudaStream_t stream);
 
-// g = scale g + weight_decay w; momentum = m momentum + g; w -= lr momentum. `scale` in device memory.
+// g = coefficient g + weight_decay w; momentum = m momentum + g; w -= lr momentum. `coefficient` and `lr` in
+// device memory.
 template <class A>
-void segments_sgd(const Segment<A>* segments, int count, const A* scale, A lr, A m, A weight_decay,
-                  cudaStream_t stream);
+void clipped_sgd(const Segment<A>* segments, int count, const DenseTensors<A>* dense, int groups,
+                 const A* coefficient, const A* lr, A m, A weight_decay, cudaStream_t stream);
 
 }  // namespace tfnas::cuda

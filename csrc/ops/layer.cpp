@@ -1,5 +1,6 @@
-// Schemas of the operators under the CUDA engine: one layer of the supernet on packed weights. Private: the
-// engine is their only caller, and checks widths and choices once per epoch rather than in every step.
+// Schemas of the operators under the CUDA engine: one layer of the supernet on packed weights, and what
+// surrounds the layers in a step. Private: the engine and the search's steps are their only callers, and
+// check widths and choices once per epoch rather than in every step.
 #include <torch/library.h>
 
 TORCH_LIBRARY_FRAGMENT(tfnas, m) {
@@ -17,6 +18,18 @@ TORCH_LIBRARY_FRAGMENT(tfnas, m) {
       "Tensor? choice, Tensor? u, int stride, str act, bool residual, float eps, str math, bool need_dx, "
       "Tensor(a!)[] grads) -> (Tensor dx, Tensor du)");
   // `segments`: int64 [n, 9] on the device, one Segment a row (csrc/kernels/sgd.h).
-  m.def("_segments_norm(Tensor segments, Tensor like) -> Tensor");
-  m.def("_segments_sgd(Tensor segments, Tensor scale, float lr, float momentum, float weight_decay) -> ()");
+  // `grads`: of whole tensors beside the segments. `like`: any weight.
+  m.def(
+      "_gradient_norm(Tensor segments, Tensor[] grads, float max_norm, Tensor like) -> (Tensor norm, Tensor "
+      "coefficient)");
+  m.def(
+      "_clipped_sgd(Tensor segments, Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor "
+      "coefficient, Tensor lr, float momentum, float weight_decay) -> ()");
+  // alpha and beta: (log-probabilities, first and second moment) each, all [rows, columns].
+  m.def(
+      "_adam_step(Tensor(a!)[] alpha, Tensor alpha_grad, Tensor alpha_mask, Tensor(b!)[] beta, Tensor "
+      "beta_grad, "
+      "Tensor beta_mask, Tensor(c!) steps, float lr, float beta1, float beta2, float weight_decay, float "
+      "eps, float "
+      "max_norm) -> Tensor norm");
 }

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "cpu/sampling.h"
+#include "kernels/draw_key.h"
 
 #if TFNAS_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -44,8 +45,7 @@ void check_size(int64_t layers, int64_t candidates) {
 // The arguments of sample_paths once checked, log_alpha as float64.
 struct Request {
   at::Tensor log_alpha, valid, choice;
-  double tau;
-  uint64_t seed, step;
+  DrawKey key;
   SecondPath second;
 
   int64_t layers() const { return log_alpha.size(0); }
@@ -55,15 +55,13 @@ struct Request {
 };
 
 // Checks everything but values, which may lie on a device.
-Request check_request(const at::Tensor& log_alpha, double tau, int64_t seed, int64_t step,
-                      c10::string_view second, const std::optional<at::Tensor>& valid_mask) {
+Request check_request(const at::Tensor& log_alpha, const DrawKey& key, c10::string_view second,
+                      const std::optional<at::Tensor>& valid_mask) {
   TORCH_CHECK_VALUE(log_alpha.dim() == 2, "log_alpha must be [layers, candidates], got shape ",
                     log_alpha.sizes());
   TORCH_CHECK_TYPE(log_alpha.scalar_type() == at::kFloat || log_alpha.scalar_type() == at::kDouble,
                    "log_alpha must be float32 or float64, got ", log_alpha.scalar_type());
   check_size(log_alpha.size(0), log_alpha.size(1));
-  check_counter(seed, step);
-  TORCH_CHECK_VALUE(std::isfinite(tau) && tau > 0, "tau must be a positive, finite temperature, got ", tau);
   const SecondPath mode = parse_second(std::string_view(second.data(), second.size()));
   at::Tensor valid;
   if (valid_mask) {
@@ -76,13 +74,8 @@ Request check_request(const at::Tensor& log_alpha, double tau, int64_t seed, int
     valid = valid_mask->contiguous();
   }
   const int64_t paths = mode == SecondPath::none ? 1 : 2;
-  return {log_alpha.to(at::kDouble).contiguous(),
-          valid,
-          at::empty({paths, log_alpha.size(0)}, log_alpha.options().dtype(at::kLong)),
-          tau,
-          static_cast<uint64_t>(seed),
-          static_cast<uint64_t>(step),
-          mode};
+  return {log_alpha.to(at::kDouble).contiguous(), valid,
+          at::empty({paths, log_alpha.size(0)}, log_alpha.options().dtype(at::kLong)), key, mode};
 }
 
 void check_values(const Request& request) {
@@ -101,23 +94,66 @@ void check_values(const Request& request) {
   }
 }
 
-at::Tensor sample_paths(const at::Tensor& log_alpha, double tau, int64_t seed, int64_t step,
-                        c10::string_view second, const std::optional<at::Tensor>& valid_mask) {
-  const Request r = check_request(log_alpha, tau, seed, step, second, valid_mask);
+DrawKey given_key(double tau, int64_t seed, int64_t step) {
+  check_counter(seed, step);
+  TORCH_CHECK_VALUE(std::isfinite(tau) && tau > 0, "tau must be a positive, finite temperature, got ", tau);
+  return {static_cast<uint64_t>(seed), static_cast<uint64_t>(step), tau, nullptr, nullptr};
+}
+
+// A key that lies in the memory of `device`, as the tensors `clock` and `tau` (may be undefined).
+DrawKey stored_key(const at::Tensor& clock, const at::Tensor& tau, at::Device device) {
+  TORCH_CHECK_VALUE(clock.dim() == 1 && clock.size(0) == 2 && clock.scalar_type() == at::kLong &&
+                        clock.is_contiguous() && clock.device() == device,
+                    "clock must be int64 [2] (seed, step) on ", device, ", got ", clock.scalar_type(), " ",
+                    clock.sizes(), " on ", clock.device());
+  DrawKey key{0, 0, 1.0, clock.const_data_ptr<int64_t>(), nullptr};
+  if (tau.defined()) {
+    TORCH_CHECK_VALUE(tau.dim() == 0 && tau.scalar_type() == at::kDouble && tau.device() == device,
+                      "tau must be a float64 0-d tensor on ", device, ", got ", tau.scalar_type(), " ",
+                      tau.sizes(), " on ", tau.device());
+    key.tau_at = tau.const_data_ptr<double>();
+  }
+  return key;
+}
+
+at::Tensor sample_on_host(const Request& r) {
   check_values(r);
-  sample_paths_cpu(r.log_alpha_data(), r.valid_data(), r.layers(), r.candidates(), r.tau, r.seed, r.step,
-                   r.second, r.choice.mutable_data_ptr<int64_t>());
+  sample_paths_cpu(r.log_alpha_data(), r.valid_data(), r.layers(), r.candidates(), r.key.tau, r.key.seed,
+                   r.key.step, r.second, r.choice.mutable_data_ptr<int64_t>());
   return r.choice;
 }
 
+at::Tensor sample_paths(const at::Tensor& log_alpha, double tau, int64_t seed, int64_t step,
+                        c10::string_view second, const std::optional<at::Tensor>& valid_mask) {
+  return sample_on_host(check_request(log_alpha, given_key(tau, seed, step), second, valid_mask));
+}
+
+at::Tensor sample_paths_at(const at::Tensor& log_alpha, const at::Tensor& tau, const at::Tensor& clock,
+                           c10::string_view second, const std::optional<at::Tensor>& valid_mask) {
+  const DrawKey key = stored_key(clock, tau, log_alpha.device()).resolved();
+  const auto seed = static_cast<int64_t>(key.seed), step = static_cast<int64_t>(key.step);
+  return sample_on_host(check_request(log_alpha, given_key(key.tau, seed, step), second, valid_mask));
+}
+
 #if TFNAS_WITH_CUDA
+at::Tensor sample_on_device(const Request& r) {
+  sample_paths_cuda(r.log_alpha_data(), r.valid_data(), r.layers(), r.candidates(), r.key, r.second,
+                    r.choice.mutable_data_ptr<int64_t>(), c10::cuda::getCurrentCUDAStream());
+  return r.choice;
+}
+
 at::Tensor sample_paths_on_device(const at::Tensor& log_alpha, double tau, int64_t seed, int64_t step,
                                   c10::string_view second, const std::optional<at::Tensor>& valid_mask) {
   const c10::cuda::CUDAGuard guard(log_alpha.device());
-  const Request r = check_request(log_alpha, tau, seed, step, second, valid_mask);
-  sample_paths_cuda(r.log_alpha_data(), r.valid_data(), r.layers(), r.candidates(), r.tau, r.seed, r.step,
-                    r.second, r.choice.mutable_data_ptr<int64_t>(), c10::cuda::getCurrentCUDAStream());
-  return r.choice;
+  return sample_on_device(check_request(log_alpha, given_key(tau, seed, step), second, valid_mask));
+}
+
+at::Tensor sample_paths_at_on_device(const at::Tensor& log_alpha, const at::Tensor& tau,
+                                     const at::Tensor& clock, c10::string_view second,
+                                     const std::optional<at::Tensor>& valid_mask) {
+  const c10::cuda::CUDAGuard guard(log_alpha.device());
+  return sample_on_device(
+      check_request(log_alpha, stored_key(clock, tau, log_alpha.device()), second, valid_mask));
 }
 #endif
 
@@ -137,23 +173,32 @@ at::Tensor uniforms(int64_t layers, int64_t candidates, int64_t seed, int64_t st
   return out;
 }
 
-at::Tensor gumbel_noise(int64_t layers, int64_t candidates, int64_t seed, int64_t step, int64_t path,
-                        at::Device device) {
+at::Tensor noise_on(at::Device device, int64_t layers, int64_t candidates, const DrawKey& key, int64_t path) {
 #if TFNAS_WITH_CUDA
   if (device.is_cuda()) {
     const c10::cuda::CUDAGuard guard(device);
-    const at::Tensor out = empty_numbers(layers, candidates, seed, step, path, device);
-    gumbel_noise_cuda(layers, candidates, static_cast<uint64_t>(seed), static_cast<uint64_t>(step),
-                      static_cast<Stream>(path), out.mutable_data_ptr<double>(),
+    const at::Tensor out = empty_numbers(layers, candidates, 0, 0, path, device);
+    gumbel_noise_cuda(layers, candidates, key, static_cast<Stream>(path), out.mutable_data_ptr<double>(),
                       c10::cuda::getCurrentCUDAStream());
     return out;
   }
 #endif
   TORCH_CHECK_VALUE(device.is_cpu(), "gumbel_noise has no kernel for device ", device, " in this build");
-  const at::Tensor out = empty_numbers(layers, candidates, seed, step, path, device);
-  gumbel_noise_cpu(layers, candidates, static_cast<uint64_t>(seed), static_cast<uint64_t>(step),
-                   static_cast<Stream>(path), out.mutable_data_ptr<double>());
+  const DrawKey now = key.resolved();
+  const at::Tensor out = empty_numbers(layers, candidates, static_cast<int64_t>(now.seed),
+                                       static_cast<int64_t>(now.step), path, device);
+  gumbel_noise_cpu(layers, candidates, now.seed, now.step, static_cast<Stream>(path),
+                   out.mutable_data_ptr<double>());
   return out;
+}
+
+at::Tensor gumbel_noise(int64_t layers, int64_t candidates, int64_t seed, int64_t step, int64_t path,
+                        at::Device device) {
+  return noise_on(device, layers, candidates, given_key(1.0, seed, step), path);
+}
+
+at::Tensor gumbel_noise_at(int64_t layers, int64_t candidates, const at::Tensor& clock, int64_t path) {
+  return noise_on(clock.device(), layers, candidates, stored_key(clock, {}, clock.device()), path);
 }
 
 }  // namespace
@@ -164,17 +209,29 @@ TORCH_LIBRARY_FRAGMENT(tfnas, m) {
       "Tensor");
   m.def("uniforms(int layers, int candidates, int seed, int step, int path) -> Tensor");
   m.def("gumbel_noise(int layers, int candidates, int seed, int step, int path, Device device) -> Tensor");
+  // The same with (seed, step) as int64 [2] and tau as float64 [] in the memory of the device.
+  m.def(
+      "sample_paths_at(Tensor log_alpha, Tensor tau, Tensor clock, str second, Tensor? valid_mask=None) -> "
+      "Tensor");
+  m.def("gumbel_noise_at(int layers, int candidates, Tensor clock, int path) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(tfnas, CPU, m) { m.impl("sample_paths", &sample_paths); }
+TORCH_LIBRARY_IMPL(tfnas, CPU, m) {
+  m.impl("sample_paths", &sample_paths);
+  m.impl("sample_paths_at", &sample_paths_at);
+}
 
 #if TFNAS_WITH_CUDA
-TORCH_LIBRARY_IMPL(tfnas, CUDA, m) { m.impl("sample_paths", &sample_paths_on_device); }
+TORCH_LIBRARY_IMPL(tfnas, CUDA, m) {
+  m.impl("sample_paths", &sample_paths_on_device);
+  m.impl("sample_paths_at", &sample_paths_at_on_device);
+}
 #endif
 
 TORCH_LIBRARY_IMPL(tfnas, CompositeExplicitAutograd, m) {
   m.impl("uniforms", &uniforms);
   m.impl("gumbel_noise", &gumbel_noise);
+  m.impl("gumbel_noise_at", &gumbel_noise_at);
 }
 
 }  // namespace tfnas

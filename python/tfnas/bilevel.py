@@ -24,16 +24,17 @@ from tfnas.data import DataBundle
 from tfnas.derive import derive, kept_layers
 from tfnas.interrupt import SearchInterrupted
 from tfnas.latency.lut import LatencyTable
-from tfnas.latency.objective import expected_latency_ms, latency_objective, layer_latencies_ms
+from tfnas.latency.objective import LayerLatencies, expected_latency_ms, layer_latencies_ms
 from tfnas.loop import RunFailed, RunLoop
 from tfnas.processes import ALONE, Processes
 from tfnas.scaling import fit_widths
 from tfnas.schedule import is_warmup, learning_rate, temperature
+from tfnas.search_steps import SearchSteps
 from tfnas.space_io import space_to_dict
-from tfnas.steps import architecture_step, evaluation_step, weight_step
+from tfnas.steps import evaluation_step
 from tfnas.supernet import Supernet
 from tfnas.target import Target
-from tfnas_ext.sampling import gumbel_softmax_weights, sample_paths
+from tfnas_ext.sampling import sample_paths
 
 # Noise of held-out measurements must not be that of the training steps with the same number.
 _EVALUATION_STREAM = 0x2545F4914F6CDD1D
@@ -93,11 +94,11 @@ class BilevelSearch(RunLoop):
         self.space = supernet.space
         self.architecture_steps = 0
         self.sums = EpochSums()
-        self.adam = self._new_adam()
+        self.steps = SearchSteps(supernet, config, self._latencies(), target.target_latency_ms, processes)
         self.derived_latency_ms = self._derived_latency_ms()
         if state is not None:
             self._restore(state)
-        self._refresh_latencies()
+            self.steps.set_latencies(self._latencies())
 
     def _begin(self, epoch: int, first: int) -> None:
         config = self.config
@@ -106,12 +107,10 @@ class BilevelSearch(RunLoop):
             if config.weights.restart_each_epoch:
                 self.supernet.reset_momentum_()
             if config.architecture.restart_each_epoch:
-                self.adam = self._new_adam()
-        self._warmup, self._tau, self._lr = (
-            is_warmup(config, epoch),
-            temperature(config, epoch),
-            learning_rate(config, epoch),
-        )
+                self.steps.adam.reset_()
+        self._warmup = is_warmup(config, epoch)
+        second = "none" if self._warmup else config.sampling.second_path
+        self.steps.begin(self.step, learning_rate(config, epoch), temperature(config, epoch), second)
         self._training = self.train_data.stream(self.step)
         self._held_out = self.held_out_data.stream(self.architecture_steps)
 
@@ -121,50 +120,12 @@ class BilevelSearch(RunLoop):
             self._architecture_step(*next(self._held_out))
 
     def _weight_step(self, images: Tensor, labels: Tensor) -> None:
-        net, config = self.supernet, self.config
-        second = "none" if self._warmup else config.sampling.second_path
-        done = weight_step(
-            net,
-            images,
-            labels,
-            sample_paths(net.log_alpha, self._tau, config.seed, self.step, second, net.alpha_mask),
-            lr=self._lr,
-            momentum=config.weights.momentum,
-            weight_decay=config.weights.weight_decay,
-            max_norm=config.weights.max_norm,
-            processes=self.processes,
-        )
-        figures = [done.images[None], done.correct[:1], done.norm[None], done.losses]
-        self._keep("weight", torch.cat([figure.double() for figure in figures]))
+        self._keep("weight", self.steps.weight(images, labels))
         self._pace.count(len(labels) * self.processes.world_size)
 
     def _architecture_step(self, images: Tensor, labels: Tensor) -> None:
-        net, config = self.supernet, self.config
-        done = architecture_step(
-            net,
-            self.adam,
-            images,
-            labels,
-            gumbel_softmax_weights(net.log_alpha, self._tau, config.seed, self.step, net.alpha_mask),
-            self._latency_term,
-            max_norm=config.architecture.max_norm,
-            processes=self.processes,
-        )
+        self._keep("architecture", self.steps.architecture(images, labels))
         self.architecture_steps += 1
-        figures = [done.correct, done.norm, done.cross_entropy + done.latency_term]
-        self._keep("architecture", torch.stack([figure.double() for figure in figures]))
-
-    def _latency_term(self, u: Tensor, v: Tensor) -> Tensor:
-        """lambda * C(LAT) of the mixture, 0-d."""
-        objective = self.config.objective
-        latency_ms = expected_latency_ms(self.space, self._latencies_ms, u, v)
-        return latency_objective(
-            objective.name,
-            latency_ms,
-            self.target.target_latency_ms,
-            weight=objective.latency_weight,
-            exponent=objective.exponent,
-        )
 
     def _account(self, step: int, kind: str, figures: list[float]) -> None:
         of_weights = kind == "weight"
@@ -184,7 +145,8 @@ class BilevelSearch(RunLoop):
     def _finish(self, epoch: int) -> None:
         """What follows an epoch's steps: elasticity scaling, held-out accuracy, the epoch's record."""
         config, sums = self.config, self.sums
-        record = self._record("epoch", epoch) | {
+        record = self._record("epoch", epoch) | self._sums_record()
+        record |= {
             "tau": temperature(config, epoch),
             "lr": learning_rate(config, epoch),
             "second_loss": sums.second_loss / sums.steps if sums.second_loss else None,
@@ -211,7 +173,7 @@ class BilevelSearch(RunLoop):
         net = self.supernet
         result = fit_widths(self._derive(), self.table, self.target.target_latency_ms)
         net.apply_scaling(result.architecture, kept_layers(self.space, net.log_alpha, net.log_beta))
-        self._refresh_latencies()
+        self.steps.set_latencies(self._latencies())
         return {"gammas": list(result.gammas), "binding": result.binding}
 
     def _derive(self) -> Architecture:
@@ -221,17 +183,20 @@ class BilevelSearch(RunLoop):
     def _derived_latency_ms(self) -> float:
         return self.table.architecture_ms(self._derive())
 
-    def _refresh_latencies(self) -> None:
+    def _latencies(self) -> LayerLatencies:
         """Latencies of all candidates at their widths; these change only between epochs."""
         net = self.supernet
-        self._latencies_ms = layer_latencies_ms(self.space, self.table, net.widths).to(net.log_alpha)
+        return layer_latencies_ms(self.space, self.table, net.widths).to(net.log_alpha)
 
     @torch.no_grad()
-    def expected_latency_ms(self) -> float:
-        """Expected latency in ms of the mixture by the probabilities alone, without noise."""
+    def _expected_latency_ms(self) -> Tensor:
         net = self.supernet
         u, v = net.log_alpha.softmax(1), net.depth_weights()
-        return float(expected_latency_ms(self.space, self._latencies_ms, u, v))
+        return expected_latency_ms(self.space, self.steps.latencies, u, v)
+
+    def expected_latency_ms(self) -> float:
+        """Expected latency in ms of the mixture by the probabilities alone, without noise."""
+        return float(self._expected_latency_ms())
 
     def held_out_accuracy(self) -> float:
         """Share of held-out images that sampled (Gumbel) paths of the supernet classify right."""
@@ -248,25 +213,30 @@ class BilevelSearch(RunLoop):
         return float(right) / float(seen)
 
     def _step_record(self, epoch: int) -> Record:
-        return self._record("step", epoch) | {
-            "expected_latency_ms": self.expected_latency_ms(),
-            "derived_latency_ms": self.derived_latency_ms,
-        }
+        return self._record("step", epoch) | {"derived_latency_ms": self.derived_latency_ms}
+
+    def _step_figures(self) -> Tensor:
+        return self._expected_latency_ms().double()[None]
+
+    def _measured_record(self, figures: list[float]) -> Record:
+        return self._sums_record() | {"expected_latency_ms": figures[0]}
 
     def _record(self, kind: str, epoch: int) -> Record:
-        """What steps and epochs tell alike; loss and accuracy are the epoch's so far, of the Gumbel path."""
-        sums = self.sums
+        """What steps and epochs tell alike."""
         return {
             "kind": kind,
             "epoch": epoch,
             "epochs": self.config.epochs,
             "step": self.step,
-            "loss": sums.loss / sums.steps,
-            "accuracy": sums.correct / sums.images,
             "target_latency_ms": self.target.target_latency_ms,
             "images_per_s": self._pace.images_per_s(),
             "time_left_s": self._pace.time_left_s(self.step),
         }
+
+    def _sums_record(self) -> Record:
+        """Loss and accuracy of the epoch's Gumbel paths so far."""
+        sums = self.sums
+        return {"loss": sums.loss / sums.steps, "accuracy": sums.correct / sums.images}
 
     def _identity(self) -> dict[str, Any]:
         return {"space": space_to_dict(self.space), "target_latency_ms": self.target.target_latency_ms}
@@ -277,12 +247,12 @@ class BilevelSearch(RunLoop):
             "sums": asdict(self.sums),
             "derived_latency_ms": self.derived_latency_ms,
             "supernet": self.supernet.checkpoint_state(),
-            "adam": self.adam.state_dict(),
+            "adam": self.steps.adam.state_dict(),
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         self.supernet.load_checkpoint_state(state["supernet"])
-        self.adam.load_state_dict(state["adam"])
+        self.steps.adam.load_state_dict(state["adam"])
         self.architecture_steps = state["architecture_steps"]
         self.sums = EpochSums(**state["sums"])
         self.derived_latency_ms = state["derived_latency_ms"]
@@ -294,15 +264,10 @@ class BilevelSearch(RunLoop):
             "momentum": net.optimizer_state().values(),
             "log_alpha": [net.log_alpha],
             "log_beta": [net.log_beta],
-            "Adam's moments": [t for state in self.adam.state.values() for t in state.values()],
+            "Adam's moments": self.steps.adam.state(),
             "widths": [str(net.widths)],
             "step": [str((self.step, self.architecture_steps))],
         }
-
-    def _new_adam(self) -> torch.optim.Adam:
-        adam = self.config.architecture
-        parameters = self.supernet.architecture_parameters()
-        return torch.optim.Adam(parameters, lr=adam.lr, betas=adam.betas, weight_decay=adam.weight_decay)
 
 
 def _finite_rows(values: Tensor) -> list[list[float | None]]:

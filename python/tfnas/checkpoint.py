@@ -16,7 +16,7 @@ import torch
 
 LATEST = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _TEMPORARY = "checkpoint.pt.tmp"
 
 

@@ -210,6 +210,7 @@ class SearchConfig:
         seed: Decides weights, sampling, data order and augmentation.
         engine: Supernet engine: `auto` (the fastest that runs here), `reference` (plain PyTorch), or another by name.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`.
+        cuda_graphs: Capture each step once and replay it, where the CUDA engine runs; off runs kernel by kernel.
         threads: CPU threads; null takes PyTorch's choice. Bit-exact repetition needs the same number.
         derive: What follows when the most probable network cannot meet the target at any width: `repair` takes the
             most probable network that can, `paper` keeps the network and ends with exit code 3.
@@ -242,6 +243,7 @@ class SearchConfig:
     seed: int = 0
     engine: str = "auto"
     device: str = "auto"
+    cuda_graphs: bool = True
     threads: int | None = None
     derive: Literal["repair", "paper"] = "repair"
     tolerance: float = 0.01

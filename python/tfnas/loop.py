@@ -16,6 +16,7 @@ from tfnas.callbacks import Record, Reporter
 from tfnas.checkpoint import CheckpointError, save_checkpoint
 from tfnas.config import CheckpointConfig
 from tfnas.fields import describe
+from tfnas.figures import Figures
 from tfnas.interrupt import RunInterrupted, StopRequest
 from tfnas.pace import Pace
 from tfnas.processes import Processes, ProcessesDiverged
@@ -28,8 +29,9 @@ class RunFailed(RuntimeError):
 class RunLoop(ABC):
     """The epochs of one run, from its first or its resumed step to its last.
 
-    A subclass does the steps and says what its state is. Steps leave their figures on the device (`_keep`); they are
-    read back every `log_every_steps` steps. With several processes all call `run`; the first one writes.
+    A subclass does the steps and says what its state is. Steps leave their figures on the device (`_keep`); every
+    `log_every_steps` steps they are sent to the host, which waits for them at the end of an epoch only: on a GPU a log
+    line may be written when the next one is due. With several processes all call `run`; the first one writes.
     """
 
     noun: ClassVar[str]  # "search"
@@ -55,7 +57,7 @@ class RunLoop(ABC):
         self.folder, self.reporter, self.processes, self.device = folder, reporter, processes, device
         self.step = 0
         self._checkpoint_config, self._log_every_steps = checkpoint, log_every_steps
-        self._unread: list[tuple[int, str, Tensor]] = []
+        self._figures: Figures[tuple[int, str] | Record] = Figures()
         self._pace = Pace(warmup_epochs * steps_per_epoch, self.total_steps)
         self._saved_at = time.monotonic()
 
@@ -97,8 +99,8 @@ class RunLoop(ABC):
             self.step += 1
             logs = self.step % self._log_every_steps == 0
             if logs:
-                self._read_back()
-                self.reporter.record(self._step_record(epoch))
+                self._figures.add(self._step_record(epoch), self._step_figures())
+                self._read_back(wait=False)
             if position + 1 < self.steps_per_epoch:
                 # Asking a GPU whether another process wants to stop waits for it, as reading figures back does.
                 if (logs or self.processes.world_size == 1 or self.device.type == "cpu") and self._must_stop(stop):
@@ -122,7 +124,15 @@ class RunLoop(ABC):
 
     @abstractmethod
     def _step_record(self, epoch: int) -> Record:
-        """The record of a log line."""
+        """What the host knows now for a log line."""
+
+    def _step_figures(self) -> Tensor:
+        """What the device knows now for a log line, float64 [n]."""
+        return torch.empty(0, dtype=torch.float64, device=self.device)
+
+    @abstractmethod
+    def _measured_record(self, figures: list[float]) -> Record:
+        """The rest of a log line, once all steps up to it are accounted for and its `_step_figures` are there."""
 
     @abstractmethod
     def _account(self, step: int, kind: str, figures: list[float]) -> None:
@@ -146,17 +156,19 @@ class RunLoop(ABC):
 
     def _keep(self, kind: str, figures: Tensor) -> None:
         """Remember a step's figures, float64 [n], on the device."""
-        self._unread.append((self.step, kind, figures))
+        self._figures.add((self.step, kind), figures)
 
-    def _read_back(self) -> None:
-        """Bring the figures since the last call to the host; raises `failed` at the first that is not finite."""
-        unread, self._unread = self._unread, []
-        if not unread:
-            return
-        values = torch.cat([figures for _, _, figures in unread]).tolist()
-        for step, kind, figures in unread:
-            row, values = values[: len(figures)], values[len(figures) :]
-            self._account(step, kind, row)
+    def _read_back(self, wait: bool = True) -> None:
+        """Account for the steps so far, or without `wait` for those whose figures are there, and write log lines.
+
+        Raises `failed` at the first step that is not finite.
+        """
+        self._figures.send()
+        for tag, figures in self._figures.take(wait):
+            if isinstance(tag, tuple):
+                self._account(*tag, figures)
+            else:
+                self.reporter.record(tag | self._measured_record(figures))
 
     def _checkpoint_due(self) -> bool:
         every = self._checkpoint_config

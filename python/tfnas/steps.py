@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .architecture_adam import ArchitectureAdam
 from .processes import ALONE, Processes
 from .supernet import Supernet
 
@@ -43,7 +44,7 @@ def weight_step(
     labels: Tensor,
     choices: Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.9,
     weight_decay: float = 1e-5,
     max_norm: float = 5.0,
@@ -58,7 +59,7 @@ def weight_step(
         images: [N, C, H, W], floating point, on the supernet's device.
         labels: int64 [N].
         choices: int64 [P, L], a candidate for each layer of each path (`tfnas_ext.sampling.sample_paths`).
-        lr, momentum, weight_decay, max_norm: of SGD as in PyTorch, and of the clipping.
+        lr, momentum, weight_decay, max_norm: of SGD as in PyTorch, and of the clipping. `lr` may be a 0-d tensor.
         processes: who shares the step, each with images of its own and the same `choices`: gradients are averaged over
             them, by one all-reduce, before they are clipped. Batch norms are each process's own.
     """
@@ -78,7 +79,7 @@ def weight_step(
 
 def architecture_step(
     supernet: Supernet,
-    optimizer: torch.optim.Optimizer,
+    optimizer: ArchitectureAdam,
     images: Tensor,
     labels: Tensor,
     u: Tensor,
@@ -93,7 +94,7 @@ def architecture_step(
     weight changes.
 
     Args:
-        optimizer: of `supernet.architecture_parameters()`.
+        optimizer: of `supernet.architecture_parameters()` (`Supernet.architecture_adam`).
         images, labels: held-out data, as for `weight_step`.
         u: [L, C], the mixture's weights as a differentiable function of `supernet.log_alpha`, with fresh noise
             (`tfnas_ext.sampling.gumbel_softmax_weights`, Eq. 3).
@@ -108,15 +109,7 @@ def architecture_step(
     grads = torch.autograd.grad(cross_entropy + latency, parameters, allow_unused=True, materialize_grads=True)
     cross_entropy, correct = cross_entropy.detach(), _correct(logits, labels)
     processes.reduce_([*grads, cross_entropy], [correct])
-    masks = (supernet.alpha_mask, supernet.beta_mask)
-    for parameter, grad, mask in zip(parameters, grads, masks, strict=True):
-        parameter.grad = grad
-        # -inf has no place in Adam's moments or in weight decay; renormalize_ puts it back
-        parameter.data.masked_fill_(~mask, 0)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.step()
-    supernet.renormalize_()
-    optimizer.zero_grad(set_to_none=True)
+    norm = optimizer.step_(grads, max_norm)
     return ArchitectureStep(cross_entropy, latency.detach(), correct, norm)
 
 

@@ -17,6 +17,7 @@ from tfnas_ext.engine_spec import BodySpec, CandidateSpec, LayerSpec
 from tfnas_ext.packed import PackedLayer, copy_named, named_conv_views
 
 from .architecture import Architecture
+from .architecture_adam import ArchitectureAdam
 from .network import BATCH_NORM_EPS, build_head, build_stem
 from .space import Layer, Space
 
@@ -134,6 +135,12 @@ class Supernet(nn.Module):
     def architecture_parameters(self) -> list[nn.Parameter]:
         """`log_alpha` and `log_beta`."""
         return [self.log_alpha, self.log_beta]
+
+    def architecture_adam(self, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> ArchitectureAdam:
+        """A fresh Adam on `architecture_parameters()`, on the device where they are now."""
+        masks = [self.alpha_mask, self.beta_mask]
+        fused = self.engine.capturable
+        return ArchitectureAdam(self.architecture_parameters(), masks, lr, betas, weight_decay, fused=fused)
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Parameters of stem and head, which every path uses."""

@@ -177,7 +177,7 @@ class TrainLoop(RunLoop):
         """What follows an epoch's steps: validation, the epoch's record, best and last weights."""
         config = self.config
         last = epoch + 1 == config.epochs
-        record = self._record("epoch", epoch)
+        record = self._record("epoch", epoch) | self._measured_record([])
         measured = None
         if self.validation is not None and (last or (epoch + 1) % config.log.validate_every_epochs == 0):
             measured = evaluate_network(self.result, self.validation.epoch(0), config.precision, self.processes)
@@ -202,18 +202,20 @@ class TrainLoop(RunLoop):
         return self._record("step", epoch)
 
     def _record(self, kind: str, epoch: int) -> Record:
-        """What steps and epochs tell alike; loss and accuracy are those of the epoch so far, on training images."""
+        """What steps and epochs tell alike."""
         return {
             "kind": kind,
             "epoch": epoch,
             "epochs": self.config.epochs,
             "step": self.step,
-            "loss": self.sums.loss / self.sums.images,
-            "accuracy": self.sums.correct / self.sums.images,
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": self._pace.images_per_s(),
             "time_left_s": self._pace.time_left_s(self.step),
         }
+
+    def _measured_record(self, figures: list[float]) -> Record:
+        """Loss and accuracy of the epoch so far, on training images."""
+        return {"loss": self.sums.loss / self.sums.images, "accuracy": self.sums.correct / self.sums.images}
 
     def _identity(self) -> dict[str, Any]:
         return {"architecture": architecture_to_dict(self.network.architecture)}

@@ -18,6 +18,10 @@ void check(int64_t layers, int candidates, bool masked) {
   const bool* mask = masked ? reinterpret_cast<const bool*>(valid.data()) : nullptr;
   const uint64_t seed = (uint64_t{1} << 40) + 3, step = (uint64_t{1} << 33) + 1;
 
+  const int64_t clock[2] = {static_cast<int64_t>(seed), static_cast<int64_t>(step)};
+  const double tau = 0.7;
+  const tfnas::DrawKey given{seed, step, tau, nullptr, nullptr}, stored{1, 2, 3.0, clock, &tau};
+
   for (int mode = 0; mode <= 4; ++mode) {
     const auto second = static_cast<tfnas::SecondPath>(mode);
     std::vector<int64_t> got(2 * layers, -1), expected(2 * layers, -1);
@@ -31,10 +35,14 @@ void check(int64_t layers, int candidates, bool masked) {
             tfnas::second_choice(layer, second, 0.7, seed, step, index, static_cast<int>(expected[l]));
     }
     int64_t* choice = got.data();
-    TFNAS_LAUNCH((tfnas::sample_paths_kernel), dim3((layers + 63) / 64), dim3(64), 0, 0, alpha, mask, layers,
-                 candidates, 0.7, seed, step, second, choice);
-    expect_close("choice", std::vector<double>(got.begin(), got.end()),
-                 std::vector<double>(expected.begin(), expected.end()), 0);
+    for (const tfnas::DrawKey& key : {given, stored}) {
+      std::fill(got.begin(), got.end(), -1);
+      TFNAS_LAUNCH((tfnas::sample_paths_kernel), dim3((layers + 63) / 64), dim3(64), 0, 0, alpha, mask,
+                   layers, candidates, key, second, choice);
+      expect_close(key.clock ? "choice, key in device memory" : "choice",
+                   std::vector<double>(got.begin(), got.end()),
+                   std::vector<double>(expected.begin(), expected.end()), 0);
+    }
   }
 
   const int64_t total = layers * candidates;
@@ -44,8 +52,8 @@ void check(int64_t layers, int candidates, bool masked) {
       expected.push_back(tfnas::gumbel(tfnas::uniform(seed, step, l, c, tfnas::Stream::mixture)));
   }
   double* out = got.data();
-  TFNAS_LAUNCH((tfnas::gumbel_noise_kernel), dim3((total + 63) / 64), dim3(64), 0, 0, total, candidates, seed,
-               step, tfnas::Stream::mixture, out);
+  TFNAS_LAUNCH((tfnas::gumbel_noise_kernel), dim3((total + 63) / 64), dim3(64), 0, 0, total, candidates,
+               stored, tfnas::Stream::mixture, out);
   expect_close("noise", got, expected, 0);
 }
 

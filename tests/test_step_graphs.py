@@ -1,0 +1,174 @@
+"""Captured steps: replayed for any choice, step, learning rate and temperature, they give what ordinary calls give.
+
+Here on recordings of the emulated CUDA engine's operators (`recorded_graph`); tests/test_engine_gpu.py captures real
+graphs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tfnas
+import torch
+from emulated_engine import emulated
+from naive_supernet import tiny_space
+from recorded_graph import Recording, RecordingRunner
+from tfnas import architecture_adam, search_steps, steps
+from tfnas.config import SearchConfig
+from tfnas.figures import Figures
+from tfnas.latency import objective
+from tfnas.latency.objective import LayerLatencies
+from tfnas.search_steps import SearchSteps
+from tfnas.step_graphs import DirectRunner, StepRunner, make_runner
+from tfnas.steps import architecture_step, weight_step
+from tfnas.supernet import Supernet
+from torch import Tensor
+
+from tfnas_ext import engine_cuda, sampling
+from tfnas_ext.sampling import gumbel_softmax_weights, sample_paths
+
+__all__ = ["emulated"]  # the fixture
+
+CONFIG = SearchConfig(seed=5)
+
+
+def make_steps(engine: str, runner: StepRunner, monkeypatch: pytest.MonkeyPatch) -> SearchSteps:
+    torch.manual_seed(2)
+    supernet = Supernet(tiny_space(), engine, torch.float64)
+    shape = supernet.log_alpha.shape
+    latencies = LayerLatencies(torch.rand(shape, dtype=torch.float64), 0.5)
+    monkeypatch.setattr(search_steps, "make_runner", lambda *_: runner)
+    return SearchSteps(supernet, CONFIG, latencies, 1.0)
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(count, 2, 3, 6, 7, dtype=torch.float64, generator=generator)
+    return [(batch, torch.randint(0, 5, (2,), generator=generator)) for batch in images]
+
+
+def run(these: SearchSteps) -> list[Tensor]:
+    """Seven weight steps and three architecture steps over a change of rate and temperature, and one of widths."""
+    found = []
+    for step, (images, labels) in enumerate(batches(7)):
+        if step in (0, 3):
+            these.begin(step, 0.1 / (step + 1), 5.0 - step, "random")
+        if step == 4:
+            widths = [[width - 1 for width in row] for row in these.supernet.widths]
+            these.supernet.set_widths(widths)
+            these.set_latencies(LayerLatencies(these.latencies.block_ms * 1.5, 0.7))
+        found.append(these.weight(images, labels))
+        if step % 2:
+            found.append(these.architecture(images.flip(0), labels.flip(0)))
+    return found
+
+
+def state(these: SearchSteps) -> dict[str, Tensor]:
+    adam = dict(enumerate([*these.adam.first_moments, *these.adam.second_moments, these.adam.steps]))
+    moments = {f"adam {i}": tensor for i, tensor in adam.items()}
+    return {**these.supernet.state_dict(), **these.supernet.optimizer_state(), **moments}
+
+
+def test_replays_equal_ordinary_calls_bit_for_bit(emulated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = RecordingRunner()
+    direct = make_steps(emulated, DirectRunner(), monkeypatch)
+    replayed = make_steps(emulated, recorder, monkeypatch)
+    for got, want in zip(run(replayed), run(direct), strict=True):
+        assert torch.equal(got, want)
+    assert recorder.replays >= 3
+    ours, theirs = state(replayed), state(direct)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_steps_equal_the_published_loop_on_plain_pytorch(emulated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated kernels with everything on the device, against plain PyTorch with everything on the host."""
+    these = make_steps(emulated, DirectRunner(), monkeypatch)
+    plain = make_steps("reference", DirectRunner(), monkeypatch)
+    net = plain.supernet
+    adam = net.architecture_adam(CONFIG.architecture.lr, CONFIG.architecture.betas, CONFIG.architecture.weight_decay)
+    these.begin(3, 0.05, 2.0, "random")
+    for step, (images, labels) in enumerate(batches(2), start=3):
+        choices = sample_paths(net.log_alpha, 2.0, CONFIG.seed, step, "random", net.alpha_mask)
+        done = weight_step(net, images, labels, choices, lr=0.05, momentum=0.9, weight_decay=1e-5, max_norm=5.0)
+        want = torch.stack([done.images.double(), done.correct[0].double(), done.norm, *done.losses])
+        torch.testing.assert_close(these.weight(images, labels), want, rtol=1e-8, atol=1e-9)
+        u = gumbel_softmax_weights(net.log_alpha, 2.0, CONFIG.seed, step, net.alpha_mask)
+        mixed = architecture_step(net, adam, images, labels, u, plain._latency_term, max_norm=5.0)
+        want = torch.stack([mixed.correct.double(), mixed.norm, mixed.cross_entropy + mixed.latency_term])
+        torch.testing.assert_close(these.architecture(images, labels), want, rtol=1e-8, atol=1e-9)
+    theirs = {**net.state_dict(), **net.optimizer_state()}
+    for name, tensor in {**these.supernet.state_dict(), **these.supernet.optimizer_state()}.items():
+        torch.testing.assert_close(tensor.exp(), theirs[name].exp(), rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_frozen_number_is_noticed() -> None:
+    """The stand-in must do what a graph does: keep the host's values of the time of capture."""
+    runner, scale, total = RecordingRunner(), [1.0], torch.zeros(())
+
+    def step(x: Tensor) -> Tensor:
+        return total.add_(x.sum() * scale[0])
+
+    for _ in range(3):
+        runner.run("step", step, (torch.ones(2),))
+    scale[0] = 100.0
+    assert runner.run("step", step, (torch.full((2,), 3.0),)) == 12
+    with pytest.raises(AssertionError, match="reads a value"), Recording():
+        total.item()
+
+
+def test_step_path_reads_nothing_back() -> None:
+    """By the source: no `.item()`, `.cpu()`, `.tolist()`, `nonzero` or conversion to a Python number in a step."""
+    engine = engine_cuda.CudaEngine
+    path: list[Callable[..., object]] = [
+        *(engine.forward_paths, engine.backward_paths, engine.forward_mixture, engine.backward_mixture),
+        *(engine.clip_and_sgd_, engine._check, engine._arguments, engine._forward, engine._backward),
+        *(steps.weight_step, steps.architecture_step, steps._correct, architecture_adam.ArchitectureAdam.step_),
+        *(SearchSteps.weight, SearchSteps.architecture, SearchSteps._weight, SearchSteps._architecture),
+        *(SearchSteps._latency_term, objective.expected_latency_ms, objective._keep_weights),
+        *(objective.latency_objective, *objective.OBJECTIVES.values()),
+        *(sampling.sample_paths_at, sampling.gumbel_softmax_weights_at, sampling._gumbel_softmax),
+        *(Supernet.forward_paths, Supernet.forward_mixture, Supernet._run, Supernet._logits, Supernet.depth_weights),
+    ]
+    for function in path:
+        source = inspect.getsource(function)
+        for word in (".item(", ".cpu(", ".tolist(", "nonzero", "float(", "int(", "torch.tensor(", ".numpy("):
+            assert word not in source.replace(".float(", ""), f"{function.__qualname__}: {word}"
+
+
+def test_graphs_are_for_gpus_and_can_be_turned_off() -> None:
+    cpu = torch.device("cpu")
+    assert isinstance(make_runner(cpu, capturable=True, wanted=True), DirectRunner)
+    assert isinstance(make_runner(torch.device("cuda"), capturable=False, wanted=True), DirectRunner)
+    assert isinstance(make_runner(torch.device("cuda"), capturable=True, wanted=False), DirectRunner)
+
+
+def test_figures_come_in_order() -> None:
+    figures: Figures[str] = Figures()
+    figures.add("a", torch.tensor([1.0, 2.0], dtype=torch.float64))
+    figures.add("b", torch.tensor([3.0], dtype=torch.float64))
+    assert figures.take(wait=True) == []
+    figures.send()
+    figures.add("c", torch.tensor([4.0], dtype=torch.float64))
+    assert figures.take(wait=False) == [("a", [1.0, 2.0]), ("b", [3.0])]
+    figures.send()
+    figures.send()
+    assert figures.take(wait=True) == [("c", [4.0])]
+
+
+@pytest.mark.slow
+def test_captured_steps_are_the_search_loop(emulated: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A whole search on replayed steps ends where the same search on ordinary calls ends, metrics included."""
+    from search_cases import tiny_config
+
+    ends = []
+    for name, runner in (("direct", DirectRunner()), ("replayed", RecordingRunner())):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(search_steps, "make_runner", lambda *_, runner=runner: runner)
+        result = tfnas.search(tiny_config(tmp_path / name, engine=emulated, batch_size=2), [])
+        ends.append(result)
+    ours, theirs = (result.supernet.checkpoint_state()["weights"] for result in ends)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert ends[0].architecture == ends[1].architecture
