@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfnas_ext.reference import ACTIVATIONS, Norm, SqueezeExcite
+from tfnas_ext.reference import ACTIVATIONS, GATES, Norm, SqueezeExcite
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,12 @@ class BlockCase:
     width: int | None = None
     design: str = "auto"
     seed: int = 0
+    se_act: str | None = None
+    se_gate: str = "sigmoid"
 
     def options(self) -> dict[str, Any]:
-        return {"stride": self.stride, "act": self.act, "residual": self.residual, "width": self.width}
+        names = ("stride", "act", "residual", "width", "se_act", "se_gate")
+        return {name: getattr(self, name) for name in names}
 
 
 def random_case(seed: int) -> BlockCase:
@@ -64,7 +67,9 @@ def random_case(seed: int) -> BlockCase:
     )
     if case.batch * -(-case.height // stride) * -(-case.columns // stride) < 4:
         case = replace(case, batch=case.batch + 3)
-    return replace(case, residual=stride == 1 and case.out_channels == in_channels and rng.random() < 0.7)
+    case = replace(case, residual=stride == 1 and case.out_channels == in_channels and rng.random() < 0.7)
+    gate = rng.choice(sorted(GATES))
+    return replace(case, se_act=rng.choice((None, *sorted(ACTIVATIONS))), se_gate=gate)
 
 
 @dataclass

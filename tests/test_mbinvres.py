@@ -88,6 +88,25 @@ def test_float32(shape: tuple[int, ...], act: str, design: str) -> None:
         float32_errors(BlockCase(*shape, act=act, se=se, affine=bool(se), design=design, seed=seed))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_gate_at_its_kinks(seed: int) -> None:
+    """A hard sigmoid at and beyond -3 and 3: the value and the derivative are PyTorch's."""
+    block = make_block(BlockCase(4, 5, 4, 5, 20, 6, act="relu", se=3, se_gate="hard_sigmoid", seed=seed))
+    with torch.no_grad():
+        block.leaves["se_ew"][::2].zero_()
+        block.leaves["se_eb"].copy_(torch.tensor([-3.0, 3.0, 0.0, 3.5, -4.0] * 4))
+    for dtype in (torch.float64, torch.float32):
+        got, want = (
+            run(function, block.to(dtype), **more)
+            for function, more in (
+                (ops.mbinvres_with_statistics, {"backend": "cpu"}),
+                (reference.mbinvres_with_statistics, {}),
+            )
+        )
+        for name, error in max_errors(got, {key: value.double() for key, value in want.items()}):
+            assert error < (1e-9 if dtype == torch.float64 else 1e-5), (name, error)
+
+
 @pytest.mark.parametrize("capability", ["generic", "avx2", "avx512"])
 def test_instruction_sets(capability: str) -> None:
     """Each in a process of its own, since it is chosen once: float32 results near float64's."""

@@ -42,7 +42,7 @@ def options_of(case: BlockCase) -> tuple[Any, ...]:
 def check_block(case: BlockCase, mask: int) -> None:
     print(case, mask)
     block = make_block(case).to(torch.float32)
-    call = (*tensors_of(block), *options_of(case), case.design)
+    call = (*tensors_of(block), *options_of(case), case.design, case.se_act, case.se_gate)
     opcheck(torch.ops.tfnas.mbinvres.default, call)
     detached = [None if t is None else t.detach() for t in tensors_of(block)]
     out, _, saved = torch.ops.tfnas.mbinvres(*detached, *call[14:])
@@ -79,7 +79,7 @@ def test_strides_of_fakes_are_those_of_kernels(layout: str) -> None:
 
     block = make_block(SMALL)
     tensors = [None if t is None else strange(t.detach()) for t in tensors_of(block)]
-    call = (*tensors, *options_of(SMALL), "auto")
+    call = (*tensors, *options_of(SMALL), "auto", "relu", "hard_sigmoid")
     opcheck(torch.ops.tfnas.mbinvres.default, call, test_utils=("test_schema", "test_faketensor"))
     out, _, saved = torch.ops.tfnas.mbinvres(*call)
     backward = (out.expand_as(out), tensors[0], saved, *call[1:], [t is not None for t in tensors])
@@ -92,7 +92,7 @@ def test_inference_is_registered_properly(index: int) -> None:
     tensors = [None if t is None else t.detach() for t in tensors_of(make_block(case))]
     channels = (case.mid, case.mid, case.out_channels)
     running = [None if i == 0 and not case.expand else torch.rand(c).double() for i, c in enumerate(channels)]
-    call = (*tensors, *[t for t in running for _ in range(2)], *options_of(case))
+    call = (*tensors, *[t for t in running for _ in range(2)], *options_of(case), case.se_act, case.se_gate)
     opcheck(torch.ops.tfnas.mbinvres_inference.default, call)
 
 
@@ -145,7 +145,9 @@ def test_wrong_tensors_are_refused_by_name(kind: str) -> None:
         with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
             torch.ops.tfnas.mbinvres(*wrong, *options)
         with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
-            torch.ops.tfnas.mbinvres_backward(out, wrong[0], saved, *wrong[1:], *options, "auto", wanted)
+            torch.ops.tfnas.mbinvres_backward(
+                out, wrong[0], saved, *wrong[1:], *options, "auto", None, "sigmoid", wanted
+            )
         with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
             torch.ops.tfnas.mbinvres_inference(*wrong, *running, *options)
 
@@ -154,7 +156,7 @@ def test_wrong_tensors_are_refused_by_name(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_wrong_gradients_and_saved_memory_are_refused(kind: str) -> None:
     tensors = [t if t is None else t.detach() for t in tensors_of(make_block(SMALL))]
-    options = (*options_of(SMALL), "auto", [t is not None for t in tensors])
+    options = (*options_of(SMALL), "auto", "relu", "sigmoid", [t is not None for t in tensors])
     out, _, saved = torch.ops.tfnas.mbinvres(*tensors, *options[:-1])
     make = WRONG_TENSORS[kind]
     for dout, memory in ((make(out), saved), (out, make(saved))):
@@ -182,11 +184,13 @@ def test_wrong_gradients_and_saved_memory_are_refused(kind: str) -> None:
         (4, float("nan"), "eps must be positive and finite"),
         (4, float("inf"), "eps must be positive and finite"),
         (5, "rows", "design must be one of"),
+        (6, "gelu", "se_act must be one of"),
+        (7, "softmax", "se_gate must be one of"),
     ],
 )
 def test_wrong_options_are_refused_by_name(index: int, value: Any, message: str) -> None:
     case = replace(SMALL, out_channels=7, residual=False)
-    options: list[Any] = [*options_of(case), "auto"]
+    options: list[Any] = [*options_of(case), "auto", "swish", "sigmoid"]
     options[index] = value
     with pytest.raises(ValueError, match=message):
         torch.ops.tfnas.mbinvres(*tensors_of(make_block(case)), *options)

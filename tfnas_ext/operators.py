@@ -72,7 +72,7 @@ def _fake_mbinvres(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     (conv_pw, _, conv_pwl, se_reduce_weight), (stride, _, _, width, _, *design) = args[:4], args[WEIGHTS:]
     se_channels = 0 if se_reduce_weight is None else se_reduce_weight.shape[0]
     statistics = (2 if conv_pw is None else 4) * width + 2 * conv_pwl.shape[0]
-    saved = saved_size(x, conv_pw, conv_pwl, se_channels, stride, width, *design or ("auto",))
+    saved = saved_size(x, conv_pw, conv_pwl, se_channels, stride, width, *design[:1] or ("auto",))
     return _fake_out(x, conv_pwl, stride), x.new_empty(statistics), x.new_empty(saved)
 
 

@@ -38,6 +38,8 @@ def mbinvres(
     width: int | None = None,
     training: bool = True,
     eps: float = 1e-5,
+    se_act: str | None = None,
+    se_gate: str = "sigmoid",
     backend: str | None = None,
     design: str = "auto",
 ) -> Tensor:
@@ -60,9 +62,9 @@ def mbinvres(
     if _runs_native(x, tensors, backend, by_batch or (all(given) and not _needs_gradient([x, *tensors]))):
         options = (stride, act, residual, conv_dw.shape[0] if width is None else width, eps)
         if by_batch:
-            return torch.ops.tfnas.mbinvres(x, *tensors, *options, design)[0]
+            return torch.ops.tfnas.mbinvres(x, *tensors, *options, design, se_act, se_gate)[0]
         running = [t for norm in (bn1, bn2, bn3) for t in (norm.running_mean, norm.running_var)]
-        return torch.ops.tfnas.mbinvres_inference(x, *tensors, *running, *options)
+        return torch.ops.tfnas.mbinvres_inference(x, *tensors, *running, *options, se_act, se_gate)
     return reference.mbinvres(
         x,
         conv_pw,
@@ -78,6 +80,8 @@ def mbinvres(
         width=width,
         training=training,
         eps=eps,
+        se_act=se_act,
+        se_gate=se_gate,
     )
 
 
@@ -96,6 +100,8 @@ def mbinvres_with_statistics(
     residual: bool = False,
     width: int | None = None,
     eps: float = 1e-5,
+    se_act: str | None = None,
+    se_gate: str = "sigmoid",
     backend: str | None = None,
     design: str = "auto",
 ) -> tuple[Tensor, BatchStatistics]:
@@ -116,9 +122,12 @@ def mbinvres_with_statistics(
             residual=residual,
             width=width,
             eps=eps,
+            se_act=se_act,
+            se_gate=se_gate,
         )
     used = conv_dw.shape[0] if width is None else width
-    out, flat, _ = torch.ops.tfnas.mbinvres(x, *tensors, stride, act, residual, used, eps, design)
+    options = (stride, act, residual, used, eps, design, se_act, se_gate)
+    out, flat, _ = torch.ops.tfnas.mbinvres(x, *tensors, *options)
     wide = [used] * (2 if conv_pw is None else 4)
     parts: list[Tensor | None] = list(flat.split([*wide, conv_pwl.shape[0], conv_pwl.shape[0]]))
     return out, BatchStatistics(*(parts if conv_pw is not None else [None, None, *parts]))  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ ordinary differentiable PyTorch operations, on any device, in any floating point
 
     y1 = conv_pw x      h1 = bn1(y1)   a1 = act(h1)            expand; left out where `conv_pw` is None, then a1 = x
     y2 = conv_dw a1     h2 = bn2(y2)   a2 = act(h2)            depthwise k x k, stride s, zero padding k // 2 (of a1)
-    z  = a2 * sigmoid(E act(R mean_hw(a2) + b_R) + b_E)        squeeze and excitation; left out where `se` is None
+    z  = a2 * gate(E act(R mean_hw(a2) + b_R) + b_E)           squeeze and excitation; left out where `se` is None
     y3 = conv_pwl z     out = bn3(y3) (+ x)                    project, and the residual where asked for
 """
 
@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "hard_swish": F.hardswish,
 }
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 
 
 class Norm(NamedTuple):
@@ -69,10 +70,10 @@ def batch_norm(y: Tensor, norm: Norm, training: bool, eps: float) -> Tensor:
     return F.batch_norm(y, mean, var, norm.weight, norm.bias, training=use_batch, eps=eps)
 
 
-def squeeze_excite(a: Tensor, se: SqueezeExcite, act: str) -> Tensor:
-    """`a` [N, E, H, W] scaled by a gate per image and channel; `act` is the block's activation."""
+def squeeze_excite(a: Tensor, se: SqueezeExcite, act: str, gate: str = "sigmoid") -> Tensor:
+    """`a` [N, E, H, W] scaled by a gate per image and channel; `gate` is a key of `GATES`."""
     hidden = ACTIVATIONS[act](F.conv2d(a.mean((2, 3), keepdim=True), se.reduce_weight, se.reduce_bias))
-    return a * torch.sigmoid(F.conv2d(hidden, se.expand_weight, se.expand_bias))
+    return a * GATES[gate](F.conv2d(hidden, se.expand_weight, se.expand_bias))
 
 
 def mbinvres(
@@ -91,6 +92,8 @@ def mbinvres(
     width: int | None = None,
     training: bool = True,
     eps: float = 1e-5,
+    se_act: str | None = None,
+    se_gate: str = "sigmoid",
     convolved: list[Tensor] | None = None,
 ) -> Tensor:
     """The block of the module's docstring, for `x` [N, Cin, H, W] -> [N, Cout, ceil(H / stride), ceil(W / stride)].
@@ -111,12 +114,15 @@ def mbinvres(
             Without expansion only E is possible.
         training: batch statistics (true), or running ones where a norm has them. Nothing is written either way.
         eps: of the three batch norms.
+        se_act: activation inside squeeze and excitation; None is `act`.
+        se_gate: its last function, a key of `GATES`.
         convolved: a list to which y1 (with expansion), y2 and y3 are appended, for those who need what is between.
 
     Raises:
         ValueError: shapes, strides or names that do not fit (the argument is named); one value per channel in training.
     """
-    _check(x, conv_pw, conv_dw, conv_pwl, se, stride, act, residual, width)
+    se_act = act if se_act is None else se_act
+    _check(x, conv_pw, conv_dw, conv_pwl, se, stride, act, residual, width, se_act, se_gate)
     if width is not None and width != conv_dw.shape[0]:
         assert conv_pw is not None  # _check refuses it
         conv_pw, conv_dw, conv_pwl = conv_pw[:width], conv_dw[:width], conv_pwl[:, :width]
@@ -132,7 +138,7 @@ def mbinvres(
     y2 = F.conv2d(a1, conv_dw, stride=stride, padding=conv_dw.shape[-1] // 2, groups=conv_dw.shape[0])
     z = activation(batch_norm(y2, bn2, training, eps))
     if se is not None:
-        z = squeeze_excite(z, se, act)
+        z = squeeze_excite(z, se, se_act, se_gate)
     y3 = F.conv2d(z, conv_pwl)
     seen += [y2, y3]
     out = batch_norm(y3, bn3, training, eps)
@@ -175,9 +181,16 @@ def _check(
     act: str,
     residual: bool,
     width: int | None,
+    se_act: str,
+    se_gate: str,
 ) -> None:
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, not {act!r}")
+    for argument, name, known in (
+        ("act", act, ACTIVATIONS),
+        ("se_act", se_act, ACTIVATIONS),
+        ("se_gate", se_gate, GATES),
+    ):
+        if name not in known:
+            raise ValueError(f"{argument} must be one of {', '.join(known)}, not {name!r}")
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, not {stride}")
     if x.dim() != 4:

@@ -28,12 +28,20 @@ const LayerKernels<double>& double_kernels() { return generic::layer_kernels_dou
 const VectorKernels<float>& float_vector_kernels() { return TFNAS_PICK_ISA(vector_kernels); }
 const VectorKernels<double>& double_vector_kernels() { return generic::vector_kernels_double; }
 
-Act parse_act(std::string_view name) {
+Act parse_act(std::string_view name, std::string_view argument) {
   if (name == "relu") return Act::relu;
   if (name == "relu6") return Act::relu6;
   if (name == "swish") return Act::swish;
   if (name == "hard_swish") return Act::hard_swish;
-  throw std::invalid_argument("act must be one of relu, relu6, swish, hard_swish, got '" + std::string(name) +
+  throw std::invalid_argument(std::string(argument) +
+                              " must be one of relu, relu6, swish, hard_swish, got '" + std::string(name) +
+                              "'");
+}
+
+Gate parse_gate(std::string_view name) {
+  if (name == "sigmoid") return Gate::sigmoid;
+  if (name == "hard_sigmoid") return Gate::hard_sigmoid;
+  throw std::invalid_argument("se_gate must be one of sigmoid, hard_sigmoid, got '" + std::string(name) +
                               "'");
 }
 

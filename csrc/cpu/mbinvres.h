@@ -3,7 +3,7 @@
 //
 //   y1 = W1 x      h1 = BN1(y1)    a1 = act(h1)     expand; left out without W1, then a1 = x
 //   y2 = dw(a1)    h2 = BN2(y2)    a2 = act(h2)     depthwise k x k, stride s
-//   z  = a2 * sigmoid(E act(R mean_hw(a2) + bR) + bE)          squeeze and excitation, optional
+//   z  = a2 * gate(E se_act(R mean_hw(a2) + bR) + bE)          squeeze and excitation, optional
 //   y3 = W3 z      h3 = BN3(y3)    out = sum_i mix_i h3_i + residual * x
 //
 // Activations are channels last, [batch, height, width, channels]. Batch norms use the batch's statistics
@@ -18,6 +18,9 @@ namespace tfnas {
 
 enum class Act : int { relu = 0, relu6 = 1, swish = 2, hard_swish = 3, identity = 4 };
 
+// The last function of squeeze and excitation. hard_sigmoid: clamp(h / 6 + 1 / 2, 0, 1)
+enum class Gate : int { sigmoid = 0, hard_sigmoid = 1 };
+
 // How the wide tensor is walked; `choose` is the measured rule of `choose_design`.
 //   strips:   BN1 folded into W1 from the moments of x; images in strips of rows, y1 never stored. Large
 //   maps. channels: a thread owns groups of mid channels for the whole batch, so BN1 and BN2 are local to it.
@@ -25,7 +28,9 @@ enum class Act : int { relu = 0, relu6 = 1, swish = 2, hard_swish = 3, identity 
 enum class Design : int { choose = 0, strips = 1, channels = 2 };
 
 // By the name in tfnas_ext.reference.ACTIVATIONS. Throws std::invalid_argument with the names allowed.
-Act parse_act(std::string_view name);
+Act parse_act(std::string_view name, std::string_view argument = "act");
+// "sigmoid" or "hard_sigmoid"; throws as parse_act does.
+Gate parse_gate(std::string_view name);
 
 // The caller's thread pool: `run` calls body(arg, i) for i in 0 .. count - 1, in parallel, and waits.
 struct Threads {
@@ -83,6 +88,8 @@ struct Layer {
   int64_t batch, height, width, in_channels, out_channels;
   int stride;
   Act act;
+  Act se_act;
+  Gate se_gate;
   double residual;  // weight of x in the output; 0: none
   double eps;
   Design design;

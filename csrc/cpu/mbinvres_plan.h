@@ -51,7 +51,8 @@ struct Geometry {
   int64_t pixels, out_pixels;         // of one image
   int64_t m, m2;                      // of the batch
   int stride;
-  Act act;
+  Act act, se_act;
+  Gate se_gate;
 };
 
 // A candidate's sizes and its part of the saved memory. Vectors have `padded` entries; channels beyond the
@@ -86,7 +87,7 @@ struct LayerPlan {
 };
 
 inline Geometry geometry_of(int64_t batch, int64_t height, int64_t width, int64_t in_channels,
-                            int64_t out_channels, int stride, Act act) {
+                            int64_t out_channels, int stride) {
   Geometry g;
   g.batch = batch, g.height = height, g.width = width;
   g.out_height = (height + stride - 1) / stride, g.out_width = (width + stride - 1) / stride;
@@ -94,7 +95,7 @@ inline Geometry geometry_of(int64_t batch, int64_t height, int64_t width, int64_
   g.ci = round_up(in_channels, 8), g.co = round_up(out_channels, 8);
   g.pixels = height * width, g.out_pixels = g.out_height * g.out_width;
   g.m = batch * g.pixels, g.m2 = batch * g.out_pixels;
-  g.stride = stride, g.act = act;
+  g.stride = stride;
   return g;
 }
 
@@ -102,8 +103,9 @@ inline Geometry geometry_of(int64_t batch, int64_t height, int64_t width, int64_
 // between its parts, so that equal inputs save equal bits. The size is also in tfnas_ext/operators.py.
 template <class T>
 inline void make_plan(const Layer<T>& layer, T* base, LayerPlan<T>& plan, bool clear = false) {
-  const Geometry& g = plan.g = geometry_of(layer.batch, layer.height, layer.width, layer.in_channels,
-                                           layer.out_channels, layer.stride, layer.act);
+  Geometry& g = plan.g = geometry_of(layer.batch, layer.height, layer.width, layer.in_channels,
+                                     layer.out_channels, layer.stride);
+  g.act = layer.act, g.se_act = layer.se_act, g.se_gate = layer.se_gate;
   int64_t used = 0;
   auto carve = [&](int64_t count) {
     T* result = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + used * sizeof(T));

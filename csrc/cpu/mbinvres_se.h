@@ -37,11 +37,18 @@ TFNAS_INLINE const T* weight_row(const Weight<const T>& weight, int64_t c, int64
   return buffer;
 }
 
+template <class T, class V>
+TFNAS_INLINE V gate_of(Gate kind, V h) {
+  if (kind == Gate::sigmoid) return sigmoid(h);
+  return mul(min(splat(T(6)), max(splat(T(0)), add(h, splat(T(3))))), splat(T(1) / T(6)));
+}
+
+// The gate's derivative from its value. PyTorch's hard sigmoid has float32's sixth in float64 too: so have
+// we.
 template <class T>
-TFNAS_INLINE T scalar_sigmoid(T value) {
-  T lanes[kLanes];
-  store(lanes, sigmoid(splat(value)));
-  return lanes[0];
+TFNAS_INLINE T gate_slope(Gate kind, T value) {
+  if (kind == Gate::sigmoid) return value * (1 - value);
+  return value > 0 && value < 1 ? T(1.f / 6.f) : T(0);
 }
 
 // pooled -> squeezed, hidden, gate.
@@ -69,7 +76,7 @@ inline void forward_se(const Geometry& g, const CandidatePlan<T>& c, const Threa
       c.squeezed[n * c.se_padded + j] = total;
     }
   }
-  with_act(g.act, [&](auto act) {
+  with_act(g.se_act, [&](auto act) {
     for (int64_t i = 0; i < size; i += kLanes)
       store(c.hidden + i, activate<T, decltype(act)::value>(load(c.squeezed + i)));
   });
@@ -85,7 +92,7 @@ inline void forward_se(const Geometry& g, const CandidatePlan<T>& c, const Threa
     }
     for (int64_t n = 0; n < g.batch; ++n)
       for (int64_t i = range.begin * kLanes; i < range.end * kLanes; i += kLanes)
-        store(c.gate + n * c.padded + i, sigmoid(load(c.gate + n * c.padded + i)));
+        store(c.gate + n * c.padded + i, gate_of<T>(g.se_gate, load(c.gate + n * c.padded + i)));
   });
 }
 
@@ -96,7 +103,7 @@ inline void backward_se(const Geometry& g, const CandidatePlan<T>& c, const T* d
                         const CandidateGradient<T>* gradient, const Threads& threads) {
   Scratch scratch;
   const int64_t se = c.weights->se_channels, size = g.batch * c.se_padded;
-  T* dlogit = scratch.zeros<T>(g.batch * c.padded);  // of the second layer, before the sigmoid
+  T* dlogit = scratch.zeros<T>(g.batch * c.padded);  // of the second layer, before the gate's function
   T* parts = scratch.zeros<T>(threads.count * size);
   T* dsqueezed = scratch.zeros<T>(size);
   parallel(threads, [&](int thread) {
@@ -110,7 +117,7 @@ inline void backward_se(const Geometry& g, const CandidatePlan<T>& c, const T* d
       T bias = 0;
       std::memset(weight, 0, se * sizeof(T));
       for (int64_t n = 0; n < g.batch; ++n) {
-        const T s = c.gate[n * c.padded + i], d = dgate[n * c.padded + i] * s * (1 - s);
+        const T d = dgate[n * c.padded + i] * gate_slope(g.se_gate, c.gate[n * c.padded + i]);
         dlogit[n * c.padded + i] = d;
         bias += d;
         add_scaled(row, d, se, mine + n * c.se_padded);
@@ -125,7 +132,7 @@ inline void backward_se(const Geometry& g, const CandidatePlan<T>& c, const T* d
   });
   for (int t = 0; t < threads.count; ++t)
     for (int64_t i = 0; i < size; ++i) dsqueezed[i] += parts[t * size + i];
-  with_act(g.act, [&](auto act) {
+  with_act(g.se_act, [&](auto act) {
     for (int64_t i = 0; i < size; i += kLanes) {
       auto a = splat(T(0)), d = splat(T(0));
       activate_with_derivative<T, decltype(act)::value>(load(c.squeezed + i), a, d);

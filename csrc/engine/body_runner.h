@@ -191,6 +191,8 @@ class BodyRunner {
             spec.out_channels,
             spec.stride,
             spec.act,
+            spec.act,
+            Gate::sigmoid,
             entry.direct,
             spec_.eps,
             Design::choose,

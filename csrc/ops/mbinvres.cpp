@@ -21,6 +21,7 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using OptionalText = std::optional<c10::string_view>;
 
 // Weights as the operators take them: shaped like those of Conv2d and BatchNorm2d, at maximum width.
 struct Weights {
@@ -34,7 +35,7 @@ struct Options {
   bool residual;
   int64_t width;
   double eps;
-  std::string_view design;
+  std::string_view design, se_act, se_gate;
 };
 
 Tensor value(const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : Tensor(); }
@@ -95,6 +96,8 @@ void check(const Tensor& x, const Weights& w, const Options& options) {
     check_tensor(w.bn_bias[i], names[i][1], {i < 2 ? mid : out}, x);
   }
   parse_act(options.act);
+  parse_act(options.se_act, "se_act");
+  parse_gate(options.se_gate);
   parse_design(options.design);
   TORCH_CHECK_VALUE(options.stride == 1 || options.stride == 2, "stride must be 1 or 2, got ",
                     options.stride);
@@ -179,6 +182,8 @@ Layer<T> layer_of(const Tensor& x, const Weights& w, const Options& options, con
           w.conv_pwl.size(0),
           static_cast<int>(options.stride),
           parse_act(options.act),
+          parse_act(options.se_act, "se_act"),
+          parse_gate(options.se_gate),
           options.residual ? 1.0 : 0.0,
           options.eps,
           parse_design(options.design),
@@ -289,9 +294,11 @@ std::string_view view(c10::string_view text) { return {text.data(), text.size()}
 
 std::tuple<Tensor, Tensor, Tensor> mbinvres(const Tensor& x, TFNAS_WEIGHTS, int64_t stride,
                                             c10::string_view act, bool residual, int64_t width, double eps,
-                                            c10::string_view design) {
+                                            c10::string_view design, OptionalText se_act,
+                                            c10::string_view se_gate) {
   Weights w = TFNAS_COLLECTED;
-  const Options options{stride, view(act), residual, width, eps, view(design)};
+  const Options options{
+      stride, view(act), residual, width, eps, view(design), view(se_act.value_or(act)), view(se_gate)};
   check(x, w, options);
   check_training(x, options);
   make_contiguous(w);
@@ -302,9 +309,11 @@ using FourteenTensors = decltype(std::tuple_cat(Gradients{}));
 
 FourteenTensors mbinvres_backward(const Tensor& dout, const Tensor& x, const Tensor& saved, TFNAS_WEIGHTS,
                                   int64_t stride, c10::string_view act, bool residual, int64_t width,
-                                  double eps, c10::string_view design, std::array<bool, 14> output_mask) {
+                                  double eps, c10::string_view design, OptionalText se_act,
+                                  c10::string_view se_gate, std::array<bool, 14> output_mask) {
   Weights w = TFNAS_COLLECTED;
-  const Options options{stride, view(act), residual, width, eps, view(design)};
+  const Options options{
+      stride, view(act), residual, width, eps, view(design), view(se_act.value_or(act)), view(se_gate)};
   check(x, w, options);
   check_training(x, options);
   check_tensor(dout, "dout",
@@ -318,9 +327,11 @@ FourteenTensors mbinvres_backward(const Tensor& dout, const Tensor& x, const Ten
 Tensor mbinvres_inference(const Tensor& x, TFNAS_WEIGHTS, const OptionalTensor& mean1,
                           const OptionalTensor& var1, const Tensor& mean2, const Tensor& var2,
                           const Tensor& mean3, const Tensor& var3, int64_t stride, c10::string_view act,
-                          bool residual, int64_t width, double eps) {
+                          bool residual, int64_t width, double eps, OptionalText se_act,
+                          c10::string_view se_gate) {
   Weights w = TFNAS_COLLECTED;
-  const Options options{stride, view(act), residual, width, eps, "auto"};
+  const Options options{stride,       view(act), residual, width, eps, "auto", view(se_act.value_or(act)),
+                        view(se_gate)};
   check(x, w, options);
   const int64_t mid = conv_dw.size(0), out = conv_pwl.size(0);
   TORCH_CHECK_VALUE(!w.conv_pw.defined() || (mean1 && var1), "mean1 and var1 must be given with conv_pw");
@@ -352,15 +363,17 @@ constexpr char kOptions[] = "int stride, str act, bool residual, SymInt width, f
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tfnas, m) {
-  const std::string weights = kWeights, options = kOptions;
-  const std::string training = "mbinvres(Tensor x, " + weights + options +
-                               ", str design='auto') -> (Tensor out, Tensor statistics, Tensor saved)";
+  const std::string weights = kWeights, options = kOptions,
+                    squeeze = ", str? se_act=None, str se_gate='sigmoid'";
+  const std::string training = "mbinvres(Tensor x, " + weights + options + ", str design='auto'" + squeeze +
+                               ") -> (Tensor out, Tensor statistics, Tensor saved)";
   const std::string backward = "mbinvres_backward(Tensor dout, Tensor x, Tensor saved, " + weights + options +
-                               ", str design, bool[14] output_mask) -> " + kGradients;
+                               ", str design, str? se_act, str se_gate, bool[14] output_mask) -> " +
+                               kGradients;
   const std::string inference =
       "mbinvres_inference(Tensor x, " + weights +
       "Tensor? mean1, Tensor? var1, Tensor mean2, Tensor var2, Tensor mean3, Tensor var3, " + options +
-      ") -> Tensor";
+      squeeze + ") -> Tensor";
   m.def(training.c_str());
   m.def(backward.c_str());
   m.def(inference.c_str());
