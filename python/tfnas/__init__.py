@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tfnas.config_io import load_config as load_config
     from tfnas.pipeline import SearchResult as SearchResult
     from tfnas.pipeline import search as search
+    from tfnas.several_targets import search_targets as search_targets
 
 _HOME = {
     "Callback": "callbacks",
@@ -22,10 +23,11 @@ _HOME = {
     "SearchResult": "pipeline",
     "load_config": "config_io",
     "search": "pipeline",
+    "search_targets": "several_targets",
 }
 _SUBMODULES = ("architecture", "config", "config_io", "derive", "latency", "network", "scaling", "space", "space_io")
 
-__all__ = ["Callback", "SearchConfig", "SearchResult", "load_config", "search"]
+__all__ = ["Callback", "SearchConfig", "SearchResult", "load_config", "search", "search_targets"]
 
 
 def __getattr__(name: str) -> Any:

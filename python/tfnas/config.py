@@ -200,11 +200,11 @@ class SearchConfig:
         lut_conditions: `require` refuses a `lut` measured on another device or otherwise than `profile` says, as far as
             the table tells; `ignore` takes it as it is.
         target_latency_ms: Latency that the derived network must meet, in ms; null takes the middle of the reachable
-            range.
+            range. Several (`10,12,15`) make one search each, which share the warm-up epochs.
         epochs: Epochs in all, warm-up included.
         warmup_epochs: First epochs, which train weights only.
         steps_per_epoch: Weight steps an epoch; null goes through the training images once.
-        batch_size: Images a step.
+        batch_size: Images a step, in each process.
         output: Folder of the run; null makes `runs/<config>-<date>-<time>`.
         resume: Go on where the run in `output` stopped; begins it where there is nothing yet.
         seed: Decides weights, sampling, data order and augmentation.
@@ -233,7 +233,7 @@ class SearchConfig:
     data: str = "fake"
     lut: str | None = None
     lut_conditions: Literal["require", "ignore"] = "require"
-    target_latency_ms: float | None = None
+    target_latency_ms: float | list[float] | None = None
     epochs: int = 90
     warmup_epochs: int = 10
     steps_per_epoch: int | None = None
@@ -267,10 +267,12 @@ class SearchConfig:
                 raise ConfigError(f"{key} must be {wanted}, got {value}")
         if self.warmup_epochs > self.epochs:
             raise ConfigError(f"warmup_epochs ({self.warmup_epochs}) must not exceed epochs ({self.epochs})")
-        if self.target_latency_ms is not None and not self.target_latency_ms > 0:
-            raise ConfigError(
-                f"target_latency_ms must be a positive number of milliseconds, got {self.target_latency_ms}"
-            )
+        targets = self.target_latency_ms
+        for target in targets if isinstance(targets, list) else [] if targets is None else [targets]:
+            if not 0 < target < math.inf:
+                raise ConfigError(f"target_latency_ms must be a positive number of milliseconds, got {target}")
+        if isinstance(targets, list) and (not targets or len(set(targets)) != len(targets)):
+            raise ConfigError(f"target_latency_ms must be one number or several different ones, got {targets}")
 
 
 def _bounds(config: SearchConfig) -> Iterator[tuple[str, float | None, float, float]]:

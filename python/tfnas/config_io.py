@@ -71,7 +71,7 @@ class ConfigKind(Generic[C]):
         configuration already has them.
         """
         parser = self.parser()
-        resolved = self._resolve(self._complete_switches(arguments), preset or {})
+        resolved = self._resolve(self._complete_switches(self._complete_lists(arguments)), preset or {})
         try:
             return self._build(parser, parser.parse_args(resolved))
         except ArgumentError as error:
@@ -113,6 +113,21 @@ class ConfigKind(Generic[C]):
             follows = arguments[index + 1].lower() if index + 1 < len(arguments) else ""
             bare = argument in switches and follows not in ("true", "false", "yes", "no")
             completed.append(f"{argument}=true" if bare else argument)
+        return completed
+
+    def _complete_lists(self, arguments: Sequence[str]) -> list[str]:
+        """`--target_latency_ms 10,12` means `--target_latency_ms [10,12]`."""
+        fields = dataclasses.fields(self.config_class)  # type: ignore[arg-type]
+        names = {f"--{field.name}" for field in fields if "list[float]" in str(field.type)}
+        completed: list[str] = []
+        before = ""
+        for argument in arguments:
+            name, equals, value = argument.partition("=")
+            if before in names:
+                completed.append(_bracketed(argument))
+            else:
+                completed.append(f"{name}={_bracketed(value)}" if equals and name in names else argument)
+            before = argument
         return completed
 
     def _resolve(self, arguments: list[str], preset: Mapping[str, Any]) -> list[str]:
@@ -165,6 +180,10 @@ def _with_lists(value: Any) -> Any:
 def config_to_yaml(config: Any) -> str:
     """Complete YAML of a configuration; `load_config` of it gives the same configuration."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+
+
+def _bracketed(text: str) -> str:
+    return f"[{text}]" if "," in text and not text.startswith("[") else text
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,9 @@ from tfnas.config import ConfigError, DatasetConfig, SearchConfig
 from tfnas.config_io import SEARCH, config_to_dict
 from tfnas.data import DataBundle, DataOptions, build_data
 from tfnas.derive import Derivation, derive, derive_within_target, kept_layers
+from tfnas.evaluate import evaluate_network
 from tfnas.latency.lut import LatencyTable
+from tfnas.network import build_network
 from tfnas.processes import Processes, is_shared_run, local_rank, open_processes
 from tfnas.progress import default_progress
 from tfnas.resume import open_run, stored_state
@@ -66,7 +69,7 @@ def search(config: SearchConfig, callbacks: Sequence[Callback] | None = None) ->
     the first one writes and tells the callbacks, all return the result.
 
     Args:
-        config: What to search, where and how; see `SearchConfig`.
+        config: What to search, where and how; see `SearchConfig`. One target; `search_targets` takes several.
         callbacks: Who is told; None shows progress on standard output.
 
     Raises:
@@ -79,13 +82,21 @@ def search(config: SearchConfig, callbacks: Sequence[Callback] | None = None) ->
     On a CPU the result repeats bit for bit with the same configuration, table and numbers of threads and processes
     (measured latencies aside).
     """
+    if isinstance(config.target_latency_ms, list):
+        raise ConfigError(
+            f"target_latency_ms: a search has one target, got {config.target_latency_ms}; tfnas.search_targets takes "
+            "several"
+        )
     with _prepared(config, callbacks) as ready:
         ready.loop.run()
         return _end(ready)
 
 
 def warm_up(config: SearchConfig, callbacks: Sequence[Callback] | None = None) -> None:
-    """The warm-up epochs of a search alone, resumable, up to the checkpoint after them; raises as `search` does."""
+    """The warm-up epochs of a search, resumable, up to the checkpoint after them; raises as `search` does.
+
+    Targets, if there are several, must all be in reach; they have no influence yet.
+    """
     with _prepared(config, callbacks) as ready:
         ready.loop.run(config.warmup_epochs)
 
@@ -208,6 +219,7 @@ def _start_record(config: SearchConfig, loop: BilevelSearch, data: DataBundle, d
         "reachable_range_ms": list(loop.target.reachable_range_ms),
         "target_latency_ms": loop.target.target_latency_ms,
         "target_is_midpoint": loop.target.is_midpoint,
+        "all_targets_ms": config.target_latency_ms if isinstance(config.target_latency_ms, list) else None,
         "epochs": config.epochs,
         "warmup_epochs": config.warmup_epochs,
         "steps_per_epoch": loop.steps_per_epoch,
@@ -224,6 +236,7 @@ def _end(ready: _Prepared) -> SearchResult:
     table, target = loop.table, loop.target
     found = _derivation(config, loop.supernet, ready.space, table, target)
     arch = found.architecture
+    inherited = inherited_accuracy(loop, found)
     ready.reporter.say("measuring the derived network")
     measured, not_measured_because = ready.processes.from_first(lambda: measured_latency_ms(arch, table))
     facts: Record = {
@@ -256,6 +269,7 @@ def _end(ready: _Prepared) -> SearchResult:
             "not_measured_because": not_measured_because,
             "multiply_adds": count_multiply_adds(arch),
             "parameters": count_parameters(arch),
+            "inherited_accuracy": inherited,
             "architecture_file": str(folder / ARCHITECTURE_FILE),
             "seconds": time.monotonic() - ready.start_s,
         }
@@ -271,6 +285,24 @@ def _end(ready: _Prepared) -> SearchResult:
         folder=folder,
         supernet=loop.supernet,
     )
+
+
+def inherited_accuracy(loop: BilevelSearch, found: Derivation) -> float | None:
+    """Share of the held-out images that the derived network classifies right with the supernet's weights, untrained.
+
+    Batch statistics, as in the supernet. None where the configuration asks for no held-out accuracy.
+    """
+    log = loop.config.log
+    if not log.held_out_every_epochs:
+        return None
+    net = loop.supernet
+    arch = Architecture(loop.space, found.architecture.stages)
+    network = build_network(arch, affine=False, running_stats=False)
+    network.load_state_dict(net.inherit_weights(arch, found.kept))
+    batches = itertools.islice(loop.held_out_data.epoch(0), log.held_out_batches)
+    network = network.to(loop.device).to(memory_format=torch.channels_last)
+    precision = "bfloat16" if net.dtype == torch.bfloat16 else "float32"
+    return evaluate_network(network, batches, precision, loop.processes).top1
 
 
 def _derivation(

@@ -152,6 +152,11 @@ def open_processes(device: torch.device) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+def is_first_process() -> bool:
+    """Whether this process is the only or the first one of a run, also after the run."""
+    return not is_shared_run() or os.environ.get("RANK", "0") == "0"
+
+
 def local_rank() -> int:
     """Number of this process among those of its machine: which GPU is its own."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) if is_shared_run() else 0

@@ -113,13 +113,16 @@ def start_lines(record: Record) -> list[str]:
     """What a person should know before the first step."""
     low, high = record["reachable_range_ms"]
     chosen = "the middle of the range" if record["target_is_midpoint"] else "given"
+    several = record.get("all_targets_ms")
     return [
         f"run {record['output']}",
         f"space {record['space']}, data {record['data']}: {record['train_images']} training and "
         f"{record['held_out_images']} held-out images, {record['num_classes']} classes",
         f"engine {record['engine']} on {record['device']}, {record['threads']} CPU threads, seed {record['seed']}",
         f"reachable latency {low:.4g} to {high:.4g} ms by the table",
-        f"target {record['target_latency_ms']:.4f} ms ({chosen})",
+        f"warm-up for the targets {', '.join(f'{target:g}' for target in several)} ms"
+        if several
+        else f"target {record['target_latency_ms']:.4f} ms ({chosen})",
         f"{record['epochs']} epochs ({record['warmup_epochs']} warm-up) of {record['steps_per_epoch']} steps"
         + (f", going on at step {record['step']}" if record["step"] else ""),
     ]

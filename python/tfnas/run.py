@@ -27,6 +27,7 @@ PARTIAL_TABLE_FILE = "lut.partial.json"
 METRICS_FILE = "metrics.jsonl"
 ARCHITECTURE_FILE = "architecture.json"
 LOCK_FILE = ".lock"
+WARM_UP_FOLDER = "warm-up"
 # What a resumed run may change without becoming another run.
 FREE_KEYS = ("output", "resume", "dataset.workers", "checkpoint.every_steps", "checkpoint.every_s")
 
@@ -88,7 +89,7 @@ class RunFolder:
 
     def _has_begun(self) -> bool:
         """Whether a run left more than its configuration, as one does that failed for missing images, for example."""
-        results = [METRICS_FILE, ARCHITECTURE_FILE]
+        results = [METRICS_FILE, ARCHITECTURE_FILE, WARM_UP_FOLDER]
         if (self.path / CONFIG_FILE).exists():
             results += [TABLE_FILE, PARTIAL_TABLE_FILE]
         return has_checkpoint(self.path) or any((self.path / name).exists() for name in results)

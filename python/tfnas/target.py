@@ -43,17 +43,27 @@ class Target:
     is_midpoint: bool
 
 
-def choose_target(space: Space, table: LatencyTable, target_latency_ms: float | None) -> Target:
-    """The target in ms, None meaning the middle of the reachable range. Raises `TargetOutOfReach`."""
+def choose_target(space: Space, table: LatencyTable, target_latency_ms: float | list[float] | None) -> Target:
+    """The target in ms, None meaning the middle of the reachable range; of several the first.
+
+    Raises `TargetOutOfReach`, naming all that are.
+    """
     low, high = reachable_range_ms(space, table)
     if target_latency_ms is None:
         return Target((low + high) / 2, (low, high), True)
-    if not low <= target_latency_ms <= high:
+    targets = as_list(target_latency_ms)
+    wrong = [f"{target:g}" for target in targets if not low <= target <= high]
+    if wrong:
         raise TargetOutOfReach(
-            f"target_latency_ms {target_latency_ms:g} is out of reach: networks of space {space.name!r} have "
+            f"target_latency_ms {', '.join(wrong)} is out of reach: networks of space {space.name!r} have "
             f"{low:.4f} to {high:.4f} ms by the latency table"
         )
-    return Target(target_latency_ms, (low, high), False)
+    return Target(targets[0], (low, high), False)
+
+
+def as_list(target_latency_ms: float | list[float]) -> list[float]:
+    """One target or several as a list."""
+    return target_latency_ms if isinstance(target_latency_ms, list) else [target_latency_ms]
 
 
 def obtain_table(
@@ -74,7 +84,7 @@ def obtain_table(
     else:
         conditions = conditions_of(config.profile, device)
         if config.target_latency_ms is not None:
-            check_rough_range(space, conditions, config.target_latency_ms)
+            check_rough_range(space, conditions, as_list(config.target_latency_ms))
         table = measure_table(space, config.profile, conditions, file, config.seed, say)
     table.require_space(space)
     save_table(file, table)
@@ -137,12 +147,13 @@ def conditions_of(profile: ProfileConfig, device: torch.device) -> Conditions:
     )
 
 
-def check_rough_range(space: Space, conditions: Conditions, target_latency_ms: float) -> None:
+def check_rough_range(space: Space, conditions: Conditions, targets_ms: list[float]) -> None:
     """Measure the extreme networks only (seconds, where a table takes minutes); raises `TargetOutOfReach`."""
     low, high = rough_range_ms(space, conditions)
-    if not low / _ROUGH_MARGIN <= target_latency_ms <= high * _ROUGH_MARGIN:
+    wrong = [f"{target:g}" for target in targets_ms if not low / _ROUGH_MARGIN <= target <= high * _ROUGH_MARGIN]
+    if wrong:
         raise TargetOutOfReach(
-            f"target_latency_ms {target_latency_ms:g} is out of reach: the smallest and largest networks of space "
+            f"target_latency_ms {', '.join(wrong)} is out of reach: the smallest and largest networks of space "
             f"{space.name!r} take about {low:.4g} to {high:.4g} ms here ({conditions.engine} on {conditions.device}, "
             f"batch {conditions.batch}, {conditions.threads} threads)"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from tfnas.cli.codes import FAILED, OK, TARGET_MISSED
+from tfnas.config import SearchConfig
 from tfnas.config_io import parse_search_arguments
 
 
@@ -17,6 +18,8 @@ def run(arguments: list[str]) -> int:
     from tfnas.pipeline import search
 
     try:
+        if isinstance(config.target_latency_ms, list):
+            return _search_targets(config)
         result = search(config)
     except SearchInterrupted as stopped:
         print(f"tfnas search: {stopped}", file=sys.stderr)
@@ -32,3 +35,20 @@ def run(arguments: list[str]) -> int:
         )
         return TARGET_MISSED
     return OK
+
+
+def _search_targets(config: SearchConfig) -> int:
+    from rich.console import Console
+
+    from tfnas.comparison import comparison_table
+    from tfnas.processes import is_first_process
+    from tfnas.several_targets import search_targets
+
+    result = search_targets(config)
+    if is_first_process():
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=200)  # a file has no edge to wrap at
+        console.print(comparison_table(result.rows))
+        console.print(f"written to {result.folder}", highlight=False)
+    return OK if all(row.met for row in result.rows) else TARGET_MISSED
