@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from process_cases import raise_failures, run_processes
 from search_cases import assert_equal_bits, results_of, tiny_config, tiny_file
-from tfnas import Callback, bilevel, search
+from tfnas import Callback, search, search_steps
 from tfnas.bilevel import BilevelSearch, SearchFailed
 from tfnas.callbacks import Record
 from tfnas.checkpoint import load_checkpoint
@@ -24,6 +24,7 @@ from tfnas.interrupt import ProcessFailed, SearchInterrupted
 from tfnas.pipeline import data_options
 from tfnas.processes import Processes
 from tfnas.run import read_metrics
+from tfnas.schedule import temperature
 from tfnas.space_io import load_space
 from tfnas.steps import WeightStep, weight_step
 from tfnas.supernet import Supernet
@@ -60,7 +61,7 @@ def _search_spied(config: SearchConfig) -> dict[str, Any]:
         reduce_(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bilevel, "weight_step", spying_step)
+        patch.setattr(search_steps, "weight_step", spying_step)
         patch.setattr(Processes, "require_equal", spying_equal)
         patch.setattr(Processes, "reduce_", spying_reduce)
         result = search(config, [])
@@ -105,24 +106,20 @@ class _BothShards(BilevelSearch):
             return WeightStep(mean, torch.zeros(len(choices)), torch.tensor(len(batches[0][1])), norm)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bilevel, "weight_step", both)
+            patch.setattr(search_steps, "weight_step", both)
             super()._weight_step(images, labels)
 
     def _architecture_step(self, images: Tensor, labels: Tensor) -> None:
         net, parameters = self.supernet, self.supernet.architecture_parameters()
+        tau = temperature(self.config, self.step // self.steps_per_epoch)
         grads = []
         for x, y in (next(share) for share in self._held_out_shares):
-            u = gumbel_softmax_weights(net.log_alpha, self._tau, self.config.seed, self.step, net.alpha_mask)
+            u = gumbel_softmax_weights(net.log_alpha, tau, self.config.seed, self.step, net.alpha_mask)
             v = net.depth_weights()
-            loss = F.cross_entropy(net.forward_mixture(x, u, v), y) + self._latency_term(u, v)
+            loss = F.cross_entropy(net.forward_mixture(x, u, v), y) + self.steps._latency_term(u, v)
             grads.append(torch.autograd.grad(loss, parameters))
-        for parameter, mask, *parts in zip(parameters, (net.alpha_mask, net.beta_mask), *grads, strict=True):
-            parameter.grad = torch.stack(parts).mean(0)
-            parameter.data.masked_fill_(~mask, 0)
-        torch.nn.utils.clip_grad_norm_(parameters, self.config.architecture.max_norm)
-        self.adam.step()
-        net.renormalize_()
-        self.adam.zero_grad()
+        means = [torch.stack(parts).mean(0) for parts in zip(*grads, strict=True)]
+        self.steps.adam.step_(means, self.config.architecture.max_norm)
         self.architecture_steps += 1
 
 
@@ -156,8 +153,8 @@ def test_processes_are_equal_and_follow_one_that_runs_all_shards(tmp_path: Path,
         assert_equal_bits(shared[0]["values"], other["values"])
         assert other["architecture"] == shared[0]["architecture"]
         assert other["losses"] == shared[0]["losses"]
-    # one a step (12 of the weights, 2 of the architecture in each of two epochs), one for each epoch's held-out images
-    assert shared[0]["reduced"] == 12 + 2 * 2 + 3
+    # one a step (12 of the weights, 2 of the architecture in each of two epochs), one for each measurement of accuracy
+    assert shared[0]["reduced"] == 12 + 2 * 2 + (3 + 1)
 
     config.output = str(tmp_path / "alone")
     alone = _search_both_shards(config)
