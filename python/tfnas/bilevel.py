@@ -80,6 +80,7 @@ class BilevelSearch(RunLoop):
             epochs=config.epochs,
             steps_per_epoch=config.steps_per_epoch or len(data.train),
             warmup_epochs=config.warmup_epochs,
+            batch_size=config.batch_size,
             images_per_step=config.batch_size * processes.world_size,
             checkpoint=config.checkpoint,
             log_every_steps=config.log.every_steps,

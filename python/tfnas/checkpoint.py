@@ -6,9 +6,11 @@ two is whole (once two have been written), so a run always finds a state to go o
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,28 @@ def save_checkpoint(folder: str | os.PathLike[str], state: dict[str, Any]) -> Pa
     os.replace(temporary, latest)
     _sync_folder(folder)
     return latest
+
+
+def find_not_finite(state: Mapping[str, Any]) -> str | None:
+    """Name (`supernet.weights.stem.conv.weight`) of the first tensor that holds a NaN or an infinity, or None.
+
+    -inf is what masked log-probabilities (`log_alpha`, `log_beta`) are, and allowed in those.
+    """
+
+    def visit(value: Any, path: tuple[str, ...]) -> str | None:
+        if isinstance(value, torch.Tensor):
+            if not value.is_floating_point() or not value.numel():
+                return None
+            largest = value.max() if path[-1].startswith("log_") else value.abs().max()
+            return None if bool(largest < math.inf) else ".".join(path)
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, list | tuple):
+            items = enumerate(value)
+        return next((found for key, item in items if (found := visit(item, (*path, str(key)))) is not None), None)
+
+    return visit(state, ())
 
 
 def has_checkpoint(folder: str | os.PathLike[str]) -> bool:

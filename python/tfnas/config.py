@@ -277,7 +277,8 @@ class SearchConfig:
 
 def _bounds(config: SearchConfig) -> Iterator[tuple[str, float | None, float, float]]:
     """Every numeric key with its smallest and largest allowed value."""
-    tiny, inf = 1e-30, math.inf
+    # beyond the largest float32 there is an error instead of a step
+    tiny, huge, inf = 1e-30, 1e30, math.inf
     yield "epochs", config.epochs, 1, inf
     yield "warmup_epochs", config.warmup_epochs, 0, inf
     yield "steps_per_epoch", config.steps_per_epoch, 1, inf
@@ -293,15 +294,15 @@ def _bounds(config: SearchConfig) -> Iterator[tuple[str, float | None, float, fl
     yield "dataset.fake_images_per_class", config.dataset.fake_images_per_class, 2, inf
     yield "dataset.held_out_fraction", config.dataset.held_out_fraction, 0.01, 0.99
     yield "dataset.workers", config.dataset.workers, 0, 4096
-    yield "weights.lr", config.weights.lr, 0, inf
-    yield "weights.final_lr", config.weights.final_lr, 0, inf
+    yield "weights.lr", config.weights.lr, 0, huge
+    yield "weights.final_lr", config.weights.final_lr, 0, huge
     yield "weights.momentum", config.weights.momentum, 0, 1
-    yield "weights.weight_decay", config.weights.weight_decay, 0, inf
+    yield "weights.weight_decay", config.weights.weight_decay, 0, huge
     yield "weights.max_norm", config.weights.max_norm, tiny, inf
-    yield "architecture.lr", config.architecture.lr, 0, inf
+    yield "architecture.lr", config.architecture.lr, 0, huge
     yield "architecture.betas[0]", config.architecture.betas[0], 0, 1 - 1e-9
     yield "architecture.betas[1]", config.architecture.betas[1], 0, 1 - 1e-9
-    yield "architecture.weight_decay", config.architecture.weight_decay, 0, inf
+    yield "architecture.weight_decay", config.architecture.weight_decay, 0, huge
     yield "architecture.max_norm", config.architecture.max_norm, tiny, inf
     yield "architecture.every_steps", config.architecture.every_steps, 1, inf
     yield "sampling.tau", config.sampling.tau, tiny, inf

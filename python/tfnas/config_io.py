@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from tfnas.config import ConfigError, SearchConfig
+from tfnas.strict_yaml import read_yaml
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "quickstart"
@@ -74,6 +75,8 @@ class ConfigKind(Generic[C]):
         resolved = self._resolve(self._complete_switches(self._complete_lists(arguments)), preset or {})
         try:
             return self._build(parser, parser.parse_args(resolved))
+        except OverflowError as error:
+            raise ConfigError(f"a number is too large: {error}") from None
         except ArgumentError as error:
             raise ConfigError(_with_suggestions(str(error), parser, resolved)) from None
 
@@ -93,6 +96,8 @@ class ConfigKind(Generic[C]):
         parser = self.parser()
         try:
             return self._build(parser, parser.parse_object(dict(values)))
+        except OverflowError as error:
+            raise ConfigError(f"a number is too large: {error}") from None
         except ArgumentError as error:
             raise ConfigError(_suggest(str(error), _flatten(values), _known_keys(parser))) from None
 
@@ -188,9 +193,9 @@ def _bracketed(text: str) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        values = read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if values is None:
         return {}
     if not isinstance(values, dict):

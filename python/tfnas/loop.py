@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from tfnas.callbacks import Record, Reporter
-from tfnas.checkpoint import CheckpointError, save_checkpoint
+from tfnas.checkpoint import CheckpointError, find_not_finite, save_checkpoint
 from tfnas.config import CheckpointConfig
 from tfnas.fields import describe
 from tfnas.figures import Figures
 from tfnas.interrupt import RunInterrupted, StopRequest
 from tfnas.pace import Pace
 from tfnas.processes import Processes, ProcessesDiverged
+from tfnas.shortage import is_out_of_memory, is_write_failure, peak_memory_bytes
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on: the loss is not finite, memory ran out, or processes diverged. Checkpoints are kept."""
+    """The run cannot go on: loss not finite, out of memory, disk full, processes diverged. Checkpoints are kept."""
 
 
 class RunLoop(ABC):
@@ -45,6 +46,7 @@ class RunLoop(ABC):
         epochs: int,
         steps_per_epoch: int,
         warmup_epochs: int,
+        batch_size: int,
         images_per_step: int,
         checkpoint: CheckpointConfig,
         log_every_steps: int,
@@ -56,6 +58,7 @@ class RunLoop(ABC):
         self.epochs, self.steps_per_epoch, self.images_per_step = epochs, steps_per_epoch, images_per_step
         self.folder, self.reporter, self.processes, self.device = folder, reporter, processes, device
         self.step = 0
+        self._batch_size = batch_size
         self._checkpoint_config, self._log_every_steps = checkpoint, log_every_steps
         self._figures: Figures[tuple[int, str] | Record] = Figures()
         self._pace = Pace(warmup_epochs * steps_per_epoch, self.total_steps)
@@ -83,10 +86,19 @@ class RunLoop(ABC):
                     self._checkpoint()
                     if self._must_stop(stop):
                         self._interrupt(stop)
-            except torch.OutOfMemoryError as error:
-                raise self.failed(self._memory_message(error)) from error
             except ProcessesDiverged as error:
                 raise self.failed(str(error)) from error
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise self.failed(self._memory_message(error)) from error
+            except OSError as error:
+                if not is_write_failure(error):
+                    raise
+                raise self.failed(
+                    f"step {self.step}: a file of the run cannot be written ({error}); the last checkpoint in "
+                    f"{self.folder} is kept. Make room, then go on with --resume --output {self.folder}"
+                ) from error
 
     def _train(self, epoch: int, stop: StopRequest) -> None:
         """The steps of `epoch`, from the current one on."""
@@ -191,6 +203,12 @@ class RunLoop(ABC):
             "world_size": self.processes.world_size,
             "metrics_bytes": self.reporter.flush(),
         }
+        # figures are from before the last update
+        if (name := find_not_finite(state)) is not None:
+            raise self.failed(
+                f"{name} is not finite after step {self.step - 1}. The last good checkpoint stays in {self.folder}; a "
+                "lower learning rate may help"
+            )
         save_checkpoint(self.folder, state)
         self._saved_at = time.monotonic()
 
@@ -205,8 +223,15 @@ class RunLoop(ABC):
                     f"the checkpoint in {self.folder} belongs to another {self.noun}: its {key} is "
                     f"{describe(state.get(key))}, here {describe(value)}"
                 )
-        self._load_state(state)
-        self.step = state["step"]
+        try:
+            self._load_state(state)
+            self.step = int(state["step"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise CheckpointError(
+                f"the checkpoint in {self.folder} does not fit this {self.noun}: {type(error).__name__}: {error}"
+            ) from error
         if state.get("world_size", 1) != self.processes.world_size:
             self._change_processes(state)
 
@@ -236,11 +261,9 @@ class RunLoop(ABC):
             f"stopped at step {self.step} of {self.total_steps}; go on with --resume --output {self.folder}",
         )
 
-    def _memory_message(self, error: torch.OutOfMemoryError) -> str:
-        peak = ""
-        if self.device.type == "cuda":
-            peak = f" (peak {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB)"
+    def _memory_message(self, error: Exception) -> str:
         return (
-            f"out of memory at step {self.step} with {self.images_per_step // self.processes.world_size} images a "
-            f"step{peak}: {error}. {self.memory_advice}; the last checkpoint is kept"
+            f"out of memory at step {self.step} with batch_size {self._batch_size} (peak "
+            f"{peak_memory_bytes(self.device) / 2**30:.2f} GiB): {error}. {self.memory_advice}; the last checkpoint is "
+            "kept"
         )

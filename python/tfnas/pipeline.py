@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -40,6 +40,8 @@ from tfnas.space_io import load_space
 from tfnas.supernet import Supernet
 from tfnas.target import Target, choose_target, measured_latency_ms, obtain_table
 from tfnas.versions import software_versions
+
+_SKIPPED_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,7 @@ def _prepared(config: SearchConfig, callbacks: Sequence[Callback] | None) -> Ite
         data_space = load_space(config.space, _space_overrides(config))
         options = data_options(config, data_space, device)
         data = build_data(options, config.seed, rank=processes.rank, world_size=processes.world_size)
-        for text in data.skipped:
-            reporter.say(text)
+        say_skipped(data, reporter.say)
         space = dataclasses.replace(data_space, num_classes=config.num_classes or data.num_classes)
         table = processes.from_first(lambda: obtain_table(config, space, device, folder / TABLE_FILE, reporter.say))
         target = choose_target(space, table, config.target_latency_ms)
@@ -190,6 +191,14 @@ def data_options(config: HasData, space: Space, device: torch.device) -> DataOpt
     )
 
 
+def say_skipped(data: DataBundle, say: Callable[[str], None]) -> None:
+    """Name the first files that `dataset.skip_bad_images` left out, and how many there are."""
+    for text in data.skipped[:_SKIPPED_SHOWN]:
+        say(f"left out: {text}")
+    if data.skipped:
+        say(f"warning: {len(data.skipped)} image files left out, as dataset.skip_bad_images asks for")
+
+
 def make_supernet(config: SearchConfig, space: Space, device: torch.device) -> Supernet:
     """A supernet with weights drawn by the seed; torch's global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -211,6 +220,7 @@ def _start_record(config: SearchConfig, loop: BilevelSearch, data: DataBundle, d
         "data": config.data,
         "train_images": data.train.num_images,
         "held_out_images": data.held_out.num_images,
+        "skipped_images": len(data.skipped),
         "num_classes": data.num_classes,
         "engine": loop.supernet.engine.name,
         "device": str(device),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tfnas.checkpoint import has_checkpoint, load_checkpoint
+from tfnas.checkpoint import CheckpointError, has_checkpoint, load_checkpoint
 from tfnas.config_io import ConfigKind
 from tfnas.processes import Processes
 from tfnas.run import RunConfig, RunFolder
@@ -37,6 +37,8 @@ def stored_state(
     if found is None:
         return None
     state, remarks = found
+    if not isinstance(state.get("threads"), int):
+        raise CheckpointError(f"{folder} holds a checkpoint that is not of a search or a training")
     for remark in remarks:
         say(f"warning: {remark}; going on from the checkpoint before")
     if state["threads"] != torch.get_num_threads():

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import errno
+import resource
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _CANNOT_WRITE = _NO_ROOM | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR}
-# How torch's CPU allocator, C++, CUDA and its libraries put it, where they raise a plain RuntimeError.
-_NO_MEMORY_WORDS = ("DefaultCPUAllocator", "std::bad_alloc", "out of memory", "ALLOC_FAILED")
+# How torch's CPU allocator, C++, CUDA and its libraries put it, where they raise a plain RuntimeError. Data workers are
+# killed for want of memory, main or shared, and hardly ever for anything else.
+_NO_MEMORY_WORDS = ("DefaultCPUAllocator", "std::bad_alloc", "out of memory", "ALLOC_FAILED", "is killed by signal")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -27,3 +33,12 @@ def is_disk_full(error: BaseException) -> bool:
 def is_write_failure(error: BaseException) -> bool:
     """Whether a file of a running search or training could not be written, for whatever reason."""
     return isinstance(error, OSError) and error.errno in _CANNOT_WRITE
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that torch has taken of a GPU, or that this process has taken at all, in bytes."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import yaml
 from .fields import Fields, describe, suggestion
 from .files import write_text_atomically
 from .space import ACTIVATIONS, DEPTH_SPACES, KERNEL_SIZES, STRIDES, Candidate, Space, Stage
+from .strict_yaml import read_yaml
 
 BUILTIN_SPACES = Path(__file__).parent / "configs" / "spaces"
 TABLE_1 = "imagenet"
@@ -171,10 +172,7 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
 
 def _load(path: Path, seen: tuple[Path, ...]) -> Space:
     """The file's space; `seen` are the files that name it, directly or not, as their base."""
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({error})") from None
+    data = read_yaml(path)
     try:
         if not isinstance(data, dict) or "base" not in data:
             return space_from_dict(data)
@@ -213,16 +211,3 @@ def _named_candidate(name: str, path: str, space: Space) -> dict[str, Any]:
         f"{path}: unknown candidate {name!r}{suggestion(name, names)} (known: {', '.join(names)}; or a mapping with "
         f"{', '.join(_CANDIDATE_KEYS)})"
     )
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, which PyYAML would settle silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    "while reading a mapping", node.start_mark, f"found the key {key!r} twice"
-                )
-        return super().construct_mapping(node, deep)

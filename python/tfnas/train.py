@@ -22,7 +22,7 @@ from tfnas.config_io import config_to_dict
 from tfnas.data import DataBundle, build_data
 from tfnas.evaluate import Accuracy, evaluate_network
 from tfnas.network import Network, build_network
-from tfnas.pipeline import choose_device, data_options
+from tfnas.pipeline import choose_device, data_options, say_skipped
 from tfnas.processes import Processes, open_processes
 from tfnas.progress import default_progress
 from tfnas.resume import open_run, stored_state
@@ -86,6 +86,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] | None = None) -> T
         reporter.config(config_to_dict(config))
         state = stored_state(config, folder, device, processes, reporter.say)
         data = _data(config, given, device, processes)
+        say_skipped(data, reporter.say)
         arch = _with_classes(given, data, reporter.say)
         if processes.is_first:
             save_architecture(folder / ARCHITECTURE_FILE, arch, **facts)
@@ -161,6 +162,7 @@ def _start_record(config: TrainConfig, loop: TrainLoop, data: DataBundle, device
         "train_images": loop.data.num_images,
         "validation": config.validation,
         "validation_images": loop.validation.num_images if loop.validation is not None else 0,
+        "skipped_images": len(data.skipped),
         "num_classes": data.num_classes,
         "multiply_adds": count_multiply_adds(arch),
         "parameters": count_parameters(arch),

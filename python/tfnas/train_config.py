@@ -128,7 +128,7 @@ class TrainConfig:
 
 def _bounds(config: TrainConfig) -> Iterator[tuple[str, float | None, float, float]]:
     """Every numeric key with its smallest and largest allowed value."""
-    tiny, inf, below_one = 1e-30, math.inf, 1 - 1e-9
+    tiny, huge, inf, below_one = 1e-30, 1e30, math.inf, 1 - 1e-9
     optimizer, regularization = config.optimizer, config.regularization
     yield "epochs", config.epochs, 1, inf
     yield "steps_per_epoch", config.steps_per_epoch, 1, inf
@@ -139,11 +139,11 @@ def _bounds(config: TrainConfig) -> Iterator[tuple[str, float | None, float, flo
     yield "threads", config.threads, 1, 4096
     yield "resolution", config.resolution, 1, inf
     yield "dataset.held_out_fraction", config.dataset.held_out_fraction, 0.001, 0.99
-    yield "optimizer.lr", optimizer.lr, 0, inf
-    yield "optimizer.final_lr", optimizer.final_lr, 0, inf
+    yield "optimizer.lr", optimizer.lr, 0, huge
+    yield "optimizer.final_lr", optimizer.final_lr, 0, huge
     yield "optimizer.warmup_epochs", optimizer.warmup_epochs, 0, config.epochs
     yield "optimizer.momentum", optimizer.momentum, 0, 1
-    yield "optimizer.weight_decay", optimizer.weight_decay, 0, inf
+    yield "optimizer.weight_decay", optimizer.weight_decay, 0, huge
     yield "optimizer.max_norm", optimizer.max_norm, tiny, inf
     yield "regularization.label_smoothing", regularization.label_smoothing, 0, 1
     yield "regularization.dropout", regularization.dropout, 0, below_one

@@ -77,6 +77,7 @@ class TrainLoop(RunLoop):
             epochs=config.epochs,
             steps_per_epoch=config.steps_per_epoch or -(-len(self.data) // config.accumulation_steps),
             warmup_epochs=0,
+            batch_size=config.batch_size,
             images_per_step=config.batch_size * config.accumulation_steps * processes.world_size,
             checkpoint=config.checkpoint,
             log_every_steps=config.log.every_steps,
@@ -181,6 +182,11 @@ class TrainLoop(RunLoop):
         measured = None
         if self.validation is not None and (last or (epoch + 1) % config.log.validate_every_epochs == 0):
             measured = evaluate_network(self.result, self.validation.epoch(0), config.precision, self.processes)
+            if not math.isfinite(measured.loss):
+                raise TrainingFailed(
+                    f"the validation loss after epoch {epoch + 1} (step {self.step}) is {measured.loss}. The last good "
+                    f"checkpoint stays in {self.folder}; a lower optimizer.lr may help"
+                )
         best = self.validation is None
         if measured is not None and self.best_accuracy is not None and measured.top1 > self.best_accuracy:
             best, self.best_accuracy = True, measured.top1
