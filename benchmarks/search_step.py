@@ -23,12 +23,12 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tfnas.bench.measure import matmul_flops
 from tfnas.files import write_text_atomically
 from tfnas.latency.header import device_name
 from tfnas.space import Space
@@ -40,7 +40,7 @@ from tfnas.versions import software_versions
 from tfnas_ext.backends import cpu_capability
 from tfnas_ext.engine import EngineFactory, register_engine
 from tfnas_ext.engine_reference import ReferenceEngine
-from tfnas_ext.timing import CpuTimer, Reading, StopRule, measure_interleaved
+from tfnas_ext.timing import CpuTimer, ProcessTimer, StopRule, measure_interleaved
 
 
 class NchwEngine(ReferenceEngine):
@@ -48,19 +48,6 @@ class NchwEngine(ReferenceEngine):
 
     name = "nchw"
     memory_format = torch.contiguous_format
-
-
-class ProcessTimer:
-    """CPU time of the process: with one thread, nearly that of a quiet machine even where other programs run."""
-
-    def warm_up(self, call: Callable[[], object], calls: int) -> None:
-        for _ in range(calls):
-            call()
-
-    def sample(self, call: Callable[[], object]) -> Reading:
-        start = time.process_time_ns()
-        call()
-        return Reading((time.process_time_ns() - start) / 1e6)
 
 
 COMPETITORS = ("ours", "eager_nchw", "eager_channels_last", "eager_autocast")
@@ -103,13 +90,6 @@ def multiply_adds(space: Space, steps: Steps, step: str, resolution: int) -> int
             total += width * (size**2 * layer.in_channels + out**2 * (kernel**2 + layer.out_channels))
         size = out
     return total
-
-
-def matmul_flops(timer: CpuTimer | ProcessTimer, size: int = 1024, repeats: int = 20) -> float:
-    """FLOP/s of a large float32 product, the best of repeated calls."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    timer.warm_up(lambda: torch.mm(a, b), 2)
-    return 2 * size**3 / min(timer.sample(lambda: torch.mm(a, b)).ms for _ in range(repeats)) * 1e3
 
 
 def peak_bytes(args: argparse.Namespace, competitor: str, step: str, case: str) -> int:

@@ -169,6 +169,19 @@ class CpuTimer:
         return self.threads == 1 and wall_ns - cpu_ns > max(5_000, self.gap_share * wall_ns)
 
 
+class ProcessTimer:
+    """CPU time of the process: with one thread, nearly that of a quiet machine even where other programs run."""
+
+    def warm_up(self, call: Callable[[], object], calls: int) -> None:
+        for _ in range(calls):
+            call()
+
+    def sample(self, call: Callable[[], object]) -> Reading:
+        start = time.process_time_ns()
+        call()
+        return Reading((time.process_time_ns() - start) / 1e6)
+
+
 def measure(
     call: Callable[[], object],
     *,

@@ -28,6 +28,7 @@ COMMANDS = {
     "report": "a self-contained page about a search",
     "scale": "fit an architecture's widths to a latency target by a table",
     "lut": "measure, check, show, compare and convert latency tables",
+    "bench": "fused blocks against plain PyTorch on this machine",
     "info": "versions, devices and backends; facts about an architecture file",
 }
 _USAGE = """usage: tfnas COMMAND [options]     (tfnas COMMAND --help shows the options)
