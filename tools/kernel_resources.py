@@ -1,10 +1,10 @@
-"""Compiles every CUDA kernel for every supported card, and writes registers and spills into docs/kernels.md.
+"""Compiles every CUDA kernel and writes its registers, shared memory and spills into docs/kernels.md.
 
-    python tools/kernel_resources.py [--archs 75 80 86 89 90 100 120] [--check]
+    python tools/kernel_resources.py [--check]
 
 Needs nvcc, no GPU and no torch. Device code only, one file and architecture at a time; what the compiler said is kept
 in build/kernel-resources and asked again only where a source changed, so a run that was stopped goes on. `--check` only
-says whether a kernel spills or the table (sm_80 and sm_90) is out of date (exit 1).
+says whether a kernel spills or the table is out of date (exit 1). `compile_architectures.py` tries the other cards.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ import _toolchain  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
-ALL_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
-TABLE_ARCHS = ("80", "90")
+ARCHS = ("80", "90")
 CACHE = ROOT / "build" / "kernel-resources"
 CSRC = ROOT / "csrc"
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
@@ -110,15 +109,14 @@ def demangle(name: str) -> str:
 def table(rows: dict[str, dict[str, Resources]]) -> str:
     lines = ["| kernel | registers sm_80 / sm_90 | static shared bytes | spill bytes |", "|-|-|-|-|"]
     for name, by_arch in sorted(rows.items()):
-        registers = " / ".join(str(by_arch[arch][0]) for arch in TABLE_ARCHS)
-        spills = " / ".join(str(by_arch[arch][2]) for arch in TABLE_ARCHS)
+        registers = " / ".join(str(by_arch[arch][0]) for arch in ARCHS)
+        spills = " / ".join(str(by_arch[arch][2]) for arch in ARCHS)
         lines.append(f"| `{name}` | {registers} | {by_arch['90'][1]} | {spills} |")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archs", nargs="+", choices=ALL_ARCHS, default=list(TABLE_ARCHS))
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     toolkit = _toolchain.find_nvcc()
@@ -126,21 +124,20 @@ def main() -> int:
         sys.exit("no nvcc was found: put it on PATH or set CUDA_HOME")
     nvcc = str(Path(toolkit.home, "bin", "nvcc"))
     rows: dict[str, dict[str, Resources]] = {}
-    for arch in arguments.archs:
+    for arch in ARCHS:
         for source in device_sources():
             for name, resources in compile_source(nvcc, toolkit.version, source, arch).items():
                 rows.setdefault(name, {})[arch] = resources
     spilling = [f"{name} on sm_{arch}" for name, by in rows.items() for arch, r in by.items() if r[2]]
     for name in spilling:
         print(f"spills: {name}", file=sys.stderr)
-    if set(TABLE_ARCHS) <= set(arguments.archs):
-        text = DOCUMENT.read_text()
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        new = f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
-        if arguments.check and new != text:
-            sys.exit(f"{DOCUMENT.name} is out of date: run python tools/kernel_resources.py")
-        if not arguments.check:
-            DOCUMENT.write_text(new)
+    text = DOCUMENT.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    new = f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+    if arguments.check and new != text:
+        sys.exit(f"{DOCUMENT.name} is out of date: run python tools/kernel_resources.py")
+    if not arguments.check:
+        DOCUMENT.write_text(new)
     return 1 if spilling else 0
 
 
