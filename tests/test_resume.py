@@ -67,7 +67,7 @@ def test_exit_codes_of_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         folder = tmp_path / str(code)
         folder.mkdir()
         file = tiny_file(folder)
-        monkeypatch.setattr("tfnas.pipeline.default_progress", lambda number=number: _Stop(2, number))
+        monkeypatch.setattr("tfnas.begin.default_progress", lambda wording, number=number: _Stop(2, number))
         assert run_command("search", ["--config", str(file)]) == code
         assert load_checkpoint(folder / "run")[0]["step"] == 2
 

@@ -15,6 +15,28 @@ from tfnas.run import METRICS_FILE, MetricsFile
 Record = dict[str, Any]
 
 
+# They are the other figures' position, not figures.
+_POSITIONS = frozenset({"epoch", "epochs", "step"})
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """All numbers of a record by names for a tracker, those of nested records too: `epoch/loss`, `end/test/top1`.
+
+    Without the step and epoch they belong to, without lists (`metrics.jsonl` and the report have these).
+    """
+    return _scalars(record, record["kind"])
+
+
+def _scalars(record: Record, prefix: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found |= _scalars(value, f"{prefix}/{key}")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key not in _POSITIONS:
+            found[f"{prefix}/{key}"] = value
+    return found
+
+
 class Callback:
     """Receives the records of a search or a training; override what you need.
 

@@ -212,6 +212,7 @@ class SearchConfig:
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`.
         cuda_graphs: Capture each step once and replay it, where the CUDA engine runs; off runs kernel by kernel.
         threads: CPU threads; null takes PyTorch's choice. Bit-exact repetition needs the same number.
+        tensorboard: Write the figures for TensorBoard, too, into the run's folder (extra `track`).
         derive: What follows when the most probable network cannot meet the target at any width: `repair` takes the
             most probable network that can, `paper` keeps the network and ends with exit code 3.
         tolerance: Relative distance to the target up to which it counts as met.
@@ -245,6 +246,7 @@ class SearchConfig:
     device: str = "auto"
     cuda_graphs: bool = True
     threads: int | None = None
+    tensorboard: bool = False
     derive: Literal["repair", "paper"] = "repair"
     tolerance: float = 0.01
     elasticity_scaling: bool = True

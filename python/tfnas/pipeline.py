@@ -21,6 +21,7 @@ from tfnas.architecture import (
     count_parameters,
     save_architecture,
 )
+from tfnas.begin import make_reporter, open_run, stored_state
 from tfnas.bilevel import BilevelSearch
 from tfnas.callbacks import Callback, Record, Reporter
 from tfnas.config import ConfigError, DatasetConfig, SearchConfig
@@ -31,8 +32,7 @@ from tfnas.evaluate import evaluate_network
 from tfnas.latency.lut import LatencyTable
 from tfnas.network import build_network
 from tfnas.processes import Processes, is_shared_run, local_rank, open_processes
-from tfnas.progress import default_progress
-from tfnas.resume import open_run, stored_state
+from tfnas.progress import SEARCHING
 from tfnas.run import ARCHITECTURE_FILE, TABLE_FILE
 from tfnas.scaling import fit_widths
 from tfnas.space import Space
@@ -122,7 +122,7 @@ def _prepared(config: SearchConfig, callbacks: Sequence[Callback] | None) -> Ite
     device = choose_device(config.device)
     with ExitStack() as stack:
         processes = stack.enter_context(open_processes(device))
-        reporter = Reporter([default_progress()] if callbacks is None else callbacks, mute=not processes.is_first)
+        reporter = make_reporter(config.tensorboard, callbacks, SEARCHING, processes)
         stack.callback(reporter.close)
         folder = open_run(config, SEARCH, Path(config.space).stem, processes, stack)
         config = dataclasses.replace(config, output=str(folder))

@@ -29,7 +29,7 @@ ARCHITECTURE_FILE = "architecture.json"
 LOCK_FILE = ".lock"
 WARM_UP_FOLDER = "warm-up"
 # What a resumed run may change without becoming another run.
-FREE_KEYS = ("output", "resume", "dataset.workers", "checkpoint.every_steps", "checkpoint.every_s")
+FREE_KEYS = ("output", "resume", "tensorboard", "dataset.workers", "checkpoint.every_steps", "checkpoint.every_s")
 
 
 class RunConfig(Protocol):

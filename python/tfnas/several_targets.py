@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tfnas.begin import open_run
 from tfnas.callbacks import Callback, Reporter
 from tfnas.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from tfnas.comparison import TargetRow, read_row, save_comparison
@@ -27,7 +28,6 @@ from tfnas.interrupt import SearchInterrupted
 from tfnas.pipeline import choose_device, search, warm_up
 from tfnas.processes import Processes, open_processes
 from tfnas.progress import default_progress
-from tfnas.resume import open_run
 from tfnas.run import CONFIG_FILE, METRICS_FILE, TABLE_FILE, WARM_UP_FOLDER, MetricsFile
 
 

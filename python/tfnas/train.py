@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from tfnas.architecture import Architecture, count_multiply_adds, count_parameters, load_architecture, save_architecture
-from tfnas.callbacks import Callback, Record, Reporter
+from tfnas.begin import make_reporter, open_run, stored_state
+from tfnas.callbacks import Callback, Record
 from tfnas.config import ConfigError
 from tfnas.config_io import config_to_dict
 from tfnas.data import DataBundle, build_data
@@ -24,8 +25,6 @@ from tfnas.evaluate import Accuracy, evaluate_network
 from tfnas.network import Network, build_network
 from tfnas.pipeline import choose_device, data_options, say_skipped
 from tfnas.processes import Processes, open_processes
-from tfnas.progress import default_progress
-from tfnas.resume import open_run, stored_state
 from tfnas.run import ARCHITECTURE_FILE
 from tfnas.train_config import TRAIN, TrainConfig
 from tfnas.train_loop import BEST_FILE, TrainLoop
@@ -78,8 +77,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] | None = None) -> T
     given, facts = load_architecture(config.architecture)
     with ExitStack() as stack:
         processes = stack.enter_context(open_processes(device))
-        told = [default_progress(TRAINING)] if callbacks is None else callbacks
-        reporter = Reporter(told, mute=not processes.is_first)
+        reporter = make_reporter(config.tensorboard, callbacks, TRAINING, processes)
         stack.callback(reporter.close)
         folder = open_run(config, TRAIN, f"train-{Path(config.architecture).stem}", processes, stack)
         config = dataclasses.replace(config, output=str(folder))

@@ -75,7 +75,7 @@ class TrainConfig:
             (`dataset.format`).
         epochs: Epochs in all, warm-up included.
         steps_per_epoch: Steps an epoch; null goes through the training images once.
-        batch_size: Images of one forward and backward pass.
+        batch_size: Images of one forward and backward pass, in each process.
         accumulation_steps: Passes whose gradients make up one step.
         precision: `float32`, or `bfloat16` for autocast (parameters and optimizer stay float32).
         validation: Images whose accuracy chooses `best`: `held_out` keeps `dataset.held_out_fraction` of the training
@@ -88,6 +88,7 @@ class TrainConfig:
         seed: Decides initial weights, data order, augmentation and dropout.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`.
         threads: CPU threads; null takes PyTorch's choice. Bit-exact repetition needs the same number.
+        tensorboard: Write the figures for TensorBoard, too, into the run's folder (extra `track`).
         resolution: Height and width of the images; null takes the architecture's space's.
         dataset: How images are chosen, split and augmented.
         optimizer: SGD and its schedule.
@@ -110,6 +111,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
+    tensorboard: bool = False
     resolution: int | None = None
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

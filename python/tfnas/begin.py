@@ -1,18 +1,31 @@
-"""A run's folder and the checkpoint in it, for all processes of the run."""
+"""What every run begins with, in all its processes: who is told, its folder, the checkpoint in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tfnas.callbacks import Callback, Reporter
 from tfnas.checkpoint import CheckpointError, has_checkpoint, load_checkpoint
 from tfnas.config_io import ConfigKind
 from tfnas.processes import Processes
+from tfnas.progress import Wording, default_progress
 from tfnas.run import RunConfig, RunFolder
+from tfnas.tensorboard import TensorBoard
+
+
+def make_reporter(
+    tensorboard: bool, callbacks: Sequence[Callback] | None, wording: Wording, processes: Processes
+) -> Reporter:
+    """A reporter to `callbacks` (None: progress on standard output, by `wording`) and, if asked for, TensorBoard."""
+    told = [default_progress(wording)] if callbacks is None else list(callbacks)
+    if tensorboard:
+        told.append(TensorBoard())
+    return Reporter(told, mute=not processes.is_first)
 
 
 def open_run(config: RunConfig, kind: ConfigKind[Any], stem: str, processes: Processes, stack: ExitStack) -> Path:
