@@ -42,7 +42,7 @@ def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Remove what writers of files in `folder` left behind when they were killed. Only where none is at work."""
     for path in list(folder.iterdir()):
-        if _TEMPORARY_NAME.fullmatch(path.name):
+        if _TEMPORARY_NAME.fullmatch(path.name) and path.is_file():
             path.unlink()
 
 

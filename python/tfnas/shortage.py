@@ -13,7 +13,7 @@ _NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _CANNOT_WRITE = _NO_ROOM | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR}
 # How torch's CPU allocator, C++, CUDA and its libraries put it, where they raise a plain RuntimeError. Data workers are
 # killed for want of memory, main or shared, and hardly ever for anything else.
-_NO_MEMORY_WORDS = ("DefaultCPUAllocator", "std::bad_alloc", "out of memory", "ALLOC_FAILED", "is killed by signal")
+_NO_MEMORY_WORDS = ("DefaultCPUAllocator", "std::bad_alloc", "out of memory", "ALLOC_FAILED", "DataLoader worker")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
