@@ -12,6 +12,7 @@ import pytest
 import torch
 from emulated_engine import emulated
 from engine_case import Case, close, random_body, small_body
+from torch._subclasses.schema_check_mode import SchemaCheckMode
 
 from tfnas_ext.engine import run_mixture, run_paths
 from tfnas_ext.engine_cuda import refusal, shape_refusal
@@ -88,6 +89,17 @@ def test_clip_and_sgd(emulated: str, same: bool) -> None:
             close(got.detach(), want.detach(), 1e-8)
     with pytest.raises(RuntimeError, match="backward_paths"):
         ours.engine.clip_and_sgd_(0.1, 0.9, 0, 5.0, [])
+
+
+def test_operators_do_what_their_schemas_say(emulated: str) -> None:
+    """Nothing is written that the schema does not mark, and no result is an argument's memory."""
+    case = Case(small_body("sink"), emulated, 5, (2, 5, 5))
+    with SchemaCheckMode():
+        outs = run_paths(case.engine, case.x, case.choices, case.v)
+        torch.autograd.grad(outs, case.x, [torch.ones_like(out) for out in outs])
+        case.engine.clip_and_sgd_(0.1, 0.9, 1e-3, 2.0, [])
+        out = run_mixture(case.engine, case.x, case.u.requires_grad_(), case.v)
+        torch.autograd.grad(out.sum(), [case.x, case.u])
 
 
 def test_choices_are_not_read_on_the_host(emulated: str) -> None:

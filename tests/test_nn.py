@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from tfnas_ext.nn import MBInvRes
+from tfnas_ext.reference import ACTIVATIONS, GATES
 
 
 def plain(block: MBInvRes, x: torch.Tensor) -> torch.Tensor:
     """The block's own modules applied one after the other."""
-    act = {"swish": nn.functional.silu, "relu": nn.functional.relu}[block.act]
+    act, se_act = (ACTIVATIONS[name or block.act] for name in (block.act, block.se_act))
     h = x
     if block.conv_pw is not None:
         assert block.bn1 is not None
         h = act(block.bn1(block.conv_pw(x)))
     h = act(block.bn2(block.conv_dw(h)))
     if block.se is not None:
-        h = h * torch.sigmoid(block.se.conv_expand(act(block.se.conv_reduce(h.mean((2, 3), keepdim=True)))))
+        h = h * GATES[block.se_gate](block.se.conv_expand(se_act(block.se.conv_reduce(h.mean((2, 3), keepdim=True)))))
     h = block.bn3(block.conv_pwl(h))
     return h + x if block.residual else h
 
 
 @pytest.mark.parametrize("mid", [None, 24])
-@pytest.mark.parametrize("se", [0, 4])
+@pytest.mark.parametrize("se", [0, 4, -4])
 def test_like_the_plain_composition(mid: int | None, se: int) -> None:
+    """Negative `se`: with an activation and a gate of its own."""
     torch.manual_seed(1)
-    block = MBInvRes(8, mid, 8, 5, se_channels=se, act="swish").double()
-    twin = MBInvRes(8, mid, 8, 5, se_channels=se, act="swish").double()
+    own = {"se_act": "relu", "se_gate": "hard_sigmoid"} if se < 0 else {}
+    block = MBInvRes(8, mid, 8, 5, se_channels=abs(se), act="swish", **own).double()
+    twin = MBInvRes(8, mid, 8, 5, se_channels=abs(se), act="swish", **own).double()
     twin.load_state_dict(block.state_dict())
     for _ in range(3):
         x = torch.randn(4, 8, 6, 7, dtype=torch.float64, requires_grad=True)
@@ -69,6 +71,8 @@ def test_width_touches_the_first_channels_only() -> None:
     ("arguments", "message"),
     [
         ({"act": "gelu"}, "act must be one of"),
+        ({"se_act": "gelu"}, "se_act must be one of"),
+        ({"se_gate": "tanh"}, "se_gate must be one of sigmoid, hard_sigmoid"),
         ({"kernel_size": 4}, "kernel_size must be odd"),
         ({"residual": True, "stride": 2}, "residual needs stride 1"),
     ],

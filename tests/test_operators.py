@@ -96,15 +96,6 @@ def test_inference_is_registered_properly(index: int) -> None:
     opcheck(torch.ops.tfnas.mbinvres_inference.default, call)
 
 
-def test_sampling_is_registered_properly() -> None:
-    log_alpha = torch.log_softmax(torch.arange(12.0).view(3, 4), 1)
-    valid = torch.ones(3, 4, dtype=torch.bool)
-    for second in ("none", "random"):
-        opcheck(torch.ops.tfnas.sample_paths.default, (log_alpha, 2.0, 3, 4, second, valid))
-    opcheck(torch.ops.tfnas.uniforms.default, (3, 4, 1, 2, 0))
-    opcheck(torch.ops.tfnas.gumbel_noise.default, (3, 4, 1, 2, 0, torch.device("cpu")))
-
-
 # ---------------------------------------------------------------- bad input, straight to the operators
 WRONG_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
     "meta": lambda t: t.to("meta"),

@@ -255,6 +255,9 @@ def test_operators_pass_opcheck() -> None:
     )
     torch.library.opcheck(torch.ops.tfnas.uniforms.default, (3, 4, 5, 6, 0))
     torch.library.opcheck(torch.ops.tfnas.gumbel_noise.default, (3, 4, 5, 6, 0, torch.device("cpu")))
+    clock, tau = torch.tensor([3, 4]), torch.tensor(2.0, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.tfnas.sample_paths_at.default, (log_alpha, tau, clock, "gumbel", valid))
+    torch.library.opcheck(torch.ops.tfnas.gumbel_noise_at.default, (3, 4, clock, 0))
 
 
 NAN_AT = torch.tensor([[0.0, 0.0], [0.0, math.nan]])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tfnas_ext import ops
 from tfnas_ext.elastic import importance_order, kept_channels, permute_channels_, select_norm, select_se
-from tfnas_ext.reference import ACTIVATIONS, BatchStatistics, Norm, SqueezeExcite
+from tfnas_ext.reference import ACTIVATIONS, GATES, BatchStatistics, Norm, SqueezeExcite
 
 
 class SqueezeExciteWeights(nn.Module):
@@ -40,6 +40,8 @@ class MBInvRes(nn.Module):
         kernel_size: 3, 5 or 7 on native kernels; any odd one on the reference.
         se_channels: hidden channels of squeeze and excitation, 0 for none.
         act: a key of `reference.ACTIVATIONS`.
+        se_act: activation inside squeeze and excitation; None is `act`.
+        se_gate: its last function, a key of `reference.GATES`.
         residual: add the input; None adds it where stride is 1 and the channels are equal.
         affine, running_stats: of the batch norms; the supernet has neither.
         momentum: of the running statistics; None averages all batches alike.
@@ -62,6 +64,8 @@ class MBInvRes(nn.Module):
         *,
         se_channels: int = 0,
         act: str = "relu",
+        se_act: str | None = None,
+        se_gate: str = "sigmoid",
         residual: bool | None = None,
         affine: bool = True,
         running_stats: bool = True,
@@ -71,8 +75,13 @@ class MBInvRes(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if act not in ACTIVATIONS:
-            raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, not {act!r}")
+        for argument, name, known in (
+            ("act", act, ACTIVATIONS),
+            ("se_act", se_act or act, ACTIVATIONS),
+            ("se_gate", se_gate, GATES),
+        ):
+            if name not in known:
+                raise ValueError(f"{argument} must be one of {', '.join(known)}, not {name!r}")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {kernel_size}")
         same = stride == 1 and in_channels == out_channels
@@ -93,6 +102,7 @@ class MBInvRes(nn.Module):
         self.conv_pwl = nn.Conv2d(mid, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
         self.stride, self.act, self.eps, self.momentum = stride, act, eps, momentum
+        self.se_act, self.se_gate = se_act, se_gate
         self.residual = same if residual is None else residual
         self.backend = backend
         self.register_buffer("kept", None, persistent=False)
@@ -186,6 +196,7 @@ class MBInvRes(nn.Module):
             se = None if se is None else select_se(se, kept)
         options: dict[str, Any] = {"se": se, "bn1": bn1, "bn2": bn2, "bn3": _norm(self.bn3), "stride": self.stride}
         options |= {"act": self.act, "residual": self.residual, "eps": self.eps, "backend": self.backend}
+        options |= {"se_act": self.se_act, "se_gate": self.se_gate}
         return (conv_pw, conv_dw, conv_pwl), options
 
     def _se(self) -> SqueezeExcite | None:
