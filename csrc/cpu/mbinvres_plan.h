@@ -176,10 +176,14 @@ inline void pack_plane(Weight<const T> weight, int64_t width, int64_t plane, int
       for (int64_t c = 0; c < lanes; ++c) out[j * kLanes + c] = weight.data[first + c + j * weight.stride];
     return;
   }
-  for (int64_t c = 0; c < lanes; ++c) {
-    const T* row = weight.data + (first + c) * weight.mid_stride;
-    for (int64_t j = 0; j < count; ++j) out[j * kLanes + c] = row[j * weight.stride];
-  }
+  const T* rows = weight.data + first * weight.mid_stride;
+  int64_t done = 0;
+  if (lanes == kLanes && weight.stride == 1)
+    for (; done + kLanes <= count; done += kLanes)
+      transpose_tile(rows + done, weight.mid_stride, out + done * kLanes);
+  for (int64_t c = 0; c < lanes; ++c)
+    for (int64_t j = done; j < count; ++j)
+      out[j * kLanes + c] = rows[c * weight.mid_stride + j * weight.stride];
 }
 
 // All rows of a weight as [padded width][padded count], the right operand of project_tile.

@@ -3,21 +3,10 @@
 #pragma once
 
 #include "cpu/mbinvres_activations.h"
+#include "cpu/mbinvres_gemm.h"
 #include "cpu/mbinvres_plan.h"
 
 namespace tfnas::TFNAS_ISA {
-
-template <class T>
-TFNAS_INLINE T dot(const T* a, const T* b, int64_t count) {
-  auto acc = splat(T(0));
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) acc = fma(load(a + i), load(b + i), acc);
-  T lanes[kLanes], total = 0;
-  store(lanes, acc);
-  for (int64_t j = 0; j < kLanes; ++j) total += lanes[j];
-  for (; i < count; ++i) total += a[i] * b[i];
-  return total;
-}
 
 // out[j] += factor * row[j]
 template <class T>
@@ -28,15 +17,6 @@ TFNAS_INLINE void add_scaled(const T* row, T factor, int64_t count, T* out) {
   for (; i < count; ++i) out[i] += factor * row[i];
 }
 
-// Row c of a weight as `count` consecutive numbers, copied to `buffer` only where they are not.
-template <class T>
-TFNAS_INLINE const T* weight_row(const Weight<const T>& weight, int64_t c, int64_t count, T* buffer) {
-  const T* row = weight.data + c * weight.mid_stride;
-  if (weight.stride == 1) return row;
-  for (int64_t j = 0; j < count; ++j) buffer[j] = row[j * weight.stride];
-  return buffer;
-}
-
 template <class T, class V>
 TFNAS_INLINE V gate_of(Gate kind, V h) {
   if (kind == Gate::sigmoid) return sigmoid(h);
@@ -45,54 +25,116 @@ TFNAS_INLINE V gate_of(Gate kind, V h) {
 
 // The gate's derivative from its value. PyTorch's hard sigmoid has float32's sixth in float64 too: so have
 // we.
+template <class T, class V>
+TFNAS_INLINE V gate_slope(Gate kind, V value) {
+  if (kind == Gate::sigmoid) return mul(value, sub(splat(T(1)), value));
+  return mul(mul(above(value, splat(T(0))), above(splat(T(1)), value)), splat(T(1.f / 6.f)));
+}
+
+// Vectors of planes of one chunk, [batch][padded], as a tile [planes][batch][16] for the matrix products.
 template <class T>
-TFNAS_INLINE T gate_slope(Gate kind, T value) {
-  if (kind == Gate::sigmoid) return value * (1 - value);
-  return value > 0 && value < 1 ? T(1.f / 6.f) : T(0);
+inline void gather_tile(const Geometry& g, const CandidatePlan<T>& c, Chunk chunk, const T* vectors,
+                        T* tile) {
+  for (int v = 0; v < chunk.planes; ++v)
+    for (int64_t n = 0; n < g.batch; ++n)
+      store(tile + (v * g.batch + n) * kLanes, load(vectors + n * c.padded + (chunk.plane + v) * kLanes));
+}
+
+// out [batch][16 columns padded] of a thread += tile of the chunk times rows of `weight` [width][columns].
+template <class T>
+inline void add_rows(const Geometry& g, const CandidatePlan<T>& c, Chunk chunk, const T* tile,
+                     Weight<const T> weight, T* out) {
+  const int64_t se = c.weights->se_channels, columns = round_up(se, 8), channel = chunk.plane * kLanes;
+  const int64_t count = minimum(chunk.planes * kLanes, c.width - channel);
+  Scratch scratch;
+  const T* rows = weight.data + channel * weight.mid_stride;
+  int64_t stride = weight.mid_stride;
+  if (weight.stride != 1 || columns != se) {
+    T* packed = scratch.take<T>(chunk.planes * kLanes * columns);
+    weight.data = rows;
+    pack_rows(weight, count, 0, count, se, columns, packed);
+    rows = packed, stride = columns;
+  }
+  project_tile<T>(g.batch, columns, tile, g.batch * kLanes, count, rows, stride, out, c.se_padded, true);
+}
+
+// Tile of the chunk = `vectors` [batch][se padded] times the columns of `weight` [width][se].
+template <class T>
+inline void times_columns(const Geometry& g, const CandidatePlan<T>& c, Chunk chunk, const T* vectors,
+                          Weight<const T> weight, T* tile) {
+  const int64_t se = c.weights->se_channels;
+  Scratch scratch;
+  T* packed = scratch.take<T>(chunk.planes * se * kLanes);
+  for (int v = 0; v < chunk.planes; ++v)
+    pack_plane(weight, c.width, chunk.plane + v, se, se, packed + v * se * kLanes);
+  expand_tile<T>(chunk.planes, g.batch, vectors, c.se_padded, se, packed, se * kLanes, tile,
+                 g.batch * kLanes);
+}
+
+// Gradient [width][se] of a weight for the channels of the chunk: its tile, transposed, times `vectors`.
+template <class T>
+inline void write_outer(const Geometry& g, const CandidatePlan<T>& c, Chunk chunk, const T* tile,
+                        const T* vectors, Weight<T> out) {
+  Scratch scratch;
+  const int64_t channel = chunk.plane * kLanes;
+  T* sums = scratch.zeros<T>(chunk.planes * kLanes * c.se_padded);
+  outer_tile<T>(g.batch, round_up(c.weights->se_channels, 8), tile, g.batch * kLanes, chunk.planes, vectors,
+                c.se_padded, sums, c.se_padded);
+  out.data += channel * out.mid_stride;
+  unpack_rows(sums, c.se_padded, c.weights->se_channels, 0, minimum(chunk.planes * kLanes, c.width - channel),
+              out);
+}
+
+// out [batch][se padded] = sum over threads of `parts` (+ bias).
+template <class T>
+inline void sum_squeezed(const Geometry& g, const CandidatePlan<T>& c, const T* parts, int count,
+                         const T* bias, T* out) {
+  const int64_t size = g.batch * c.se_padded;
+  for (int64_t i = 0; i < size; i += kLanes) {
+    auto sum = load(parts + i);
+    for (int t = 1; t < count; ++t) sum = add(sum, load(parts + t * size + i));
+    store(out + i, sum);
+  }
+  for (int64_t n = 0; bias && n < g.batch; ++n)
+    for (int64_t j = 0; j < c.weights->se_channels; ++j) out[n * c.se_padded + j] += bias[j];
 }
 
 // pooled -> squeezed, hidden, gate.
 template <class T>
 inline void forward_se(const Geometry& g, const CandidatePlan<T>& c, const Threads& threads) {
   Scratch scratch;
-  const int64_t se = c.weights->se_channels, size = g.batch * c.se_padded;
+  const int64_t size = g.batch * c.se_padded;
   T* parts = scratch.zeros<T>(threads.count * size);
   parallel(threads, [&](int thread) {
     Scratch local;
-    T* buffer = local.take<T>(se);
-    T* mine = parts + thread * size;
-    const Range range = share(c.width, thread, threads.count);
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      const T* row = weight_row(c.weights->se_reduce, i, se, buffer);
-      for (int64_t n = 0; n < g.batch; ++n)
-        add_scaled(row, c.pooled[n * c.padded + i], se, mine + n * c.se_padded);
-    }
+    T* tile = local.take<T>(Blocking<T>::planes * g.batch * kLanes);
+    const Range range = share(c.planes, thread, threads.count);
+    for_chunks<T>(range.begin, range.end, [&](Chunk chunk) {
+      gather_tile(g, c, chunk, c.pooled, tile);
+      add_rows(g, c, chunk, tile, c.weights->se_reduce, parts + thread * size);
+    });
   });
-  std::memset(c.squeezed, 0, size * sizeof(T));
-  for (int64_t n = 0; n < g.batch; ++n) {
-    for (int64_t j = 0; j < se; ++j) {
-      T total = c.weights->se_reduce_bias[j];
-      for (int t = 0; t < threads.count; ++t) total += parts[t * size + n * c.se_padded + j];
-      c.squeezed[n * c.se_padded + j] = total;
-    }
-  }
+  sum_squeezed(g, c, parts, threads.count, c.weights->se_reduce_bias, c.squeezed);
   with_act(g.se_act, [&](auto act) {
     for (int64_t i = 0; i < size; i += kLanes)
       store(c.hidden + i, activate<T, decltype(act)::value>(load(c.squeezed + i)));
   });
   parallel(threads, [&](int thread) {
     Scratch local;
-    T* buffer = local.take<T>(se);
+    T* tile = local.take<T>(Blocking<T>::planes * g.batch * kLanes);
     const Range range = share(c.planes, thread, threads.count);
-    for (int64_t i = range.begin * kLanes; i < range.end * kLanes; ++i) {
-      const T* row = i < c.width ? weight_row(c.weights->se_expand, i, se, buffer) : nullptr;
-      const T bias = i < c.width ? c.weights->se_expand_bias[i] : T(0);
-      for (int64_t n = 0; n < g.batch; ++n)
-        c.gate[n * c.padded + i] = row ? bias + dot(row, c.hidden + n * c.se_padded, se) : T(0);
-    }
-    for (int64_t n = 0; n < g.batch; ++n)
-      for (int64_t i = range.begin * kLanes; i < range.end * kLanes; i += kLanes)
-        store(c.gate + n * c.padded + i, gate_of<T>(g.se_gate, load(c.gate + n * c.padded + i)));
+    for_chunks<T>(range.begin, range.end, [&](Chunk chunk) {
+      times_columns(g, c, chunk, c.hidden, c.weights->se_expand, tile);
+      for (int v = 0; v < chunk.planes; ++v) {
+        const int64_t channel = (chunk.plane + v) * kLanes;
+        T bias[kLanes] = {};
+        for (int64_t i = 0; i < minimum(kLanes, c.width - channel); ++i)
+          bias[i] = c.weights->se_expand_bias[channel + i];
+        for (int64_t n = 0; n < g.batch; ++n)
+          store(c.gate + n * c.padded + channel,
+                gate_of<T>(g.se_gate, add(load(tile + (v * g.batch + n) * kLanes), load(bias))));
+      }
+    });
   });
 }
 
@@ -103,35 +145,33 @@ inline void backward_se(const Geometry& g, const CandidatePlan<T>& c, const T* d
                         const CandidateGradient<T>* gradient, const Threads& threads) {
   Scratch scratch;
   const int64_t se = c.weights->se_channels, size = g.batch * c.se_padded;
-  T* dlogit = scratch.zeros<T>(g.batch * c.padded);  // of the second layer, before the gate's function
   T* parts = scratch.zeros<T>(threads.count * size);
-  T* dsqueezed = scratch.zeros<T>(size);
+  T* dsqueezed = scratch.take<T>(size);
   parallel(threads, [&](int thread) {
     Scratch local;
-    T* buffer = local.take<T>(se);
-    T* weight = local.take<T>(se);
-    T* mine = parts + thread * size;
-    const Range range = share(c.width, thread, threads.count);
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      const T* row = weight_row(c.weights->se_expand, i, se, buffer);
-      T bias = 0;
-      std::memset(weight, 0, se * sizeof(T));
-      for (int64_t n = 0; n < g.batch; ++n) {
-        const T d = dgate[n * c.padded + i] * gate_slope(g.se_gate, c.gate[n * c.padded + i]);
-        dlogit[n * c.padded + i] = d;
-        bias += d;
-        add_scaled(row, d, se, mine + n * c.se_padded);
-        if (gradient && gradient->se_expand.data) add_scaled(c.hidden + n * c.se_padded, d, se, weight);
+    T* tile = local.take<T>(Blocking<T>::planes * g.batch * kLanes);  // of the gate before its function
+    const Range range = share(c.planes, thread, threads.count);
+    for_chunks<T>(range.begin, range.end, [&](Chunk chunk) {
+      for (int v = 0; v < chunk.planes; ++v) {
+        const int64_t channel = (chunk.plane + v) * kLanes;
+        auto bias = splat(T(0));
+        for (int64_t n = 0; n < g.batch; ++n) {
+          const auto s = load(c.gate + n * c.padded + channel), d = load(dgate + n * c.padded + channel);
+          const auto slope = mul(d, gate_slope<T>(g.se_gate, s));
+          store(tile + (v * g.batch + n) * kLanes, slope);
+          bias = add(bias, slope);
+        }
+        if (!gradient || !gradient->se_expand_bias) continue;
+        T lanes[kLanes];
+        store(lanes, bias);
+        for (int64_t i = 0; i < minimum(kLanes, c.width - channel); ++i)
+          gradient->se_expand_bias[channel + i] = lanes[i];
       }
-      if (gradient && gradient->se_expand.data) {
-        const Weight<T>& out = gradient->se_expand;
-        for (int64_t j = 0; j < se; ++j) out.data[i * out.mid_stride + j * out.stride] = weight[j];
-      }
-      if (gradient && gradient->se_expand_bias) gradient->se_expand_bias[i] = bias;
-    }
+      add_rows(g, c, chunk, tile, c.weights->se_expand, parts + thread * size);
+      if (gradient && gradient->se_expand.data) write_outer(g, c, chunk, tile, c.hidden, gradient->se_expand);
+    });
   });
-  for (int t = 0; t < threads.count; ++t)
-    for (int64_t i = 0; i < size; ++i) dsqueezed[i] += parts[t * size + i];
+  sum_squeezed(g, c, parts, threads.count, static_cast<const T*>(nullptr), dsqueezed);
   with_act(g.se_act, [&](auto act) {
     for (int64_t i = 0; i < size; i += kLanes) {
       auto a = splat(T(0)), d = splat(T(0));
@@ -148,22 +188,19 @@ inline void backward_se(const Geometry& g, const CandidatePlan<T>& c, const T* d
   }
   parallel(threads, [&](int thread) {
     Scratch local;
-    T* buffer = local.take<T>(se);
-    T* weight = local.take<T>(se);
-    const Range range = share(c.padded, thread, threads.count);
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      const bool real = i < c.width;
-      const T* row = real ? weight_row(c.weights->se_reduce, i, se, buffer) : nullptr;
-      for (int64_t n = 0; n < g.batch; ++n)
-        dpooled[n * c.padded + i] =
-            real ? dot(row, dsqueezed + n * c.se_padded, se) / static_cast<T>(g.out_pixels) : T(0);
-      if (!real || !gradient || !gradient->se_reduce.data) continue;
-      std::memset(weight, 0, se * sizeof(T));
-      for (int64_t n = 0; n < g.batch; ++n)
-        add_scaled(dsqueezed + n * c.se_padded, c.pooled[n * c.padded + i], se, weight);
-      const Weight<T>& out = gradient->se_reduce;
-      for (int64_t j = 0; j < se; ++j) out.data[i * out.mid_stride + j * out.stride] = weight[j];
-    }
+    T* tile = local.take<T>(Blocking<T>::planes * g.batch * kLanes);
+    const Range range = share(c.planes, thread, threads.count);
+    const auto per_pixel = splat(T(1) / static_cast<T>(g.out_pixels));
+    for_chunks<T>(range.begin, range.end, [&](Chunk chunk) {
+      times_columns(g, c, chunk, dsqueezed, c.weights->se_reduce, tile);
+      for (int v = 0; v < chunk.planes; ++v)
+        for (int64_t n = 0; n < g.batch; ++n)
+          store(dpooled + n * c.padded + (chunk.plane + v) * kLanes,
+                mul(load(tile + (v * g.batch + n) * kLanes), per_pixel));
+      if (!gradient || !gradient->se_reduce.data) return;
+      gather_tile(g, c, chunk, c.pooled, tile);
+      write_outer(g, c, chunk, tile, dsqueezed, gradient->se_reduce);
+    });
   });
 }
 

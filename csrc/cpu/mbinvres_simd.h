@@ -106,6 +106,33 @@ TFNAS_INLINE __m512 sigmoid(__m512 h) {
   const __m512 y = _mm512_rcp14_ps(d);  // 14 bits, then one Newton step
   return mul(y, _mm512_fnmadd_ps(d, y, splat(2.f)));
 }
+// out [16][16] = the transpose of 16 rows of 16, `stride` apart.
+TFNAS_INLINE void transpose_tile(const float* rows, int64_t stride, float* out) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = load(rows + i * stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d lo = _mm512_castps_pd(b[i + j]), hi = _mm512_castps_pd(b[i + j + 2]);
+      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+    }
+  }
+  // a[4 q + r] now holds, in its lane l of four, column 4 l + r of rows 4 q .. 4 q + 3
+  for (int r = 0; r < 4; ++r) {
+    const __m512 even_low = _mm512_shuffle_f32x4(a[r], a[4 + r], 0x88),
+                 odd_low = _mm512_shuffle_f32x4(a[r], a[4 + r], 0xdd);
+    const __m512 even_high = _mm512_shuffle_f32x4(a[8 + r], a[12 + r], 0x88),
+                 odd_high = _mm512_shuffle_f32x4(a[8 + r], a[12 + r], 0xdd);
+    store(out + r * kLanes, _mm512_shuffle_f32x4(even_low, even_high, 0x88));
+    store(out + (8 + r) * kLanes, _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
+    store(out + (4 + r) * kLanes, _mm512_shuffle_f32x4(odd_low, odd_high, 0x88));
+    store(out + (12 + r) * kLanes, _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
+  }
+}
 #elif defined(__AVX2__)
 // ---------------------------------------------------------------- AVX2: two registers a plane
 struct Pair {
@@ -177,6 +204,13 @@ TFNAS_INLINE __m256 sub(__m256 a, __m256 b) { return _mm256_sub_ps(a, b); }
 TFNAS_INLINE __m256 mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
 TFNAS_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 #endif
+
+// Where there is nothing better; the one for float with AVX-512 is above.
+template <class T>
+TFNAS_INLINE void transpose_tile(const T* rows, int64_t stride, T* out) {
+  for (int64_t j = 0; j < kLanes; ++j)
+    for (int64_t i = 0; i < kLanes; ++i) out[j * kLanes + i] = rows[i * stride + j];
+}
 
 // Rows and planes of a register tile, columns of a depthwise block.
 template <class T>
