@@ -1,31 +1,40 @@
 """How long is a step of the search? The native engine against the same supernet in plain PyTorch, interleaved.
 
-    python benchmarks/search_step.py --json result.json                     # imagenet, batch 8, 224 x 224
-    python benchmarks/search_step.py --cases 64x64 64x32 --space small
+    python benchmarks/search_step.py --json result.json             # all cases below, about 8 minutes on two cores
+    python benchmarks/search_step.py --cases 64x32 --steps W
+    python benchmarks/search_step.py --cases 64x32 --steps W --compile
 
+A case is [SPACE:]BATCHxRESOLUTION, the space being `imagenet` where none is named; `small:16x28` is the quickstart's.
 Step W is a weight step (two sampled paths, one backward, clipping, SGD), step A an architecture step (mixture, backward
-to alpha and beta, Adam). Competitors: eager NCHW, eager channels_last, bfloat16 autocast; the ratio
-is against the fastest of them. Losses are compared before anything is timed. Every row of `--json` has
+to alpha and beta, Adam). Competitors: eager NCHW, eager channels_last (the engine `reference`), bfloat16 autocast over
+that, and with `--compile` blocks under `torch.compile` (minutes of compilation for each step). Losses are compared
+before anything is timed. Every sample times all competitors, in an order drawn anew.
 
-  step, batch, resolution, dtype, ours_ms, eager_nchw_ms, eager_channels_last_ms, eager_autocast_ms,
-  ratio_vs_best_eager, ratio_vs_flop_floor, ours_peak_bytes, eager_peak_bytes, noise
+`--json` has a row for each case, step and dtype of the native engine (float32, bfloat16):
 
-`ratio_vs_flop_floor`: our time over that of the step's multiplications at the rate of a large float32 matrix product
-measured in the same run. Peaks are those of whole processes that do nothing but a few steps. `noise` is the relative
-spread of our samples. For stable figures give all competitors the allocator settings that keep memory, for instance
-MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 MALLOC_ARENA_MAX=1.
+  space, step, batch, resolution, dtype, ours_ms, eager_nchw_ms, eager_channels_last_ms, eager_autocast_ms, best_eager,
+  ratio_vs_best_eager, ratio_vs_flop_floor, samples, noise, ours_peak_bytes, eager_peak_bytes
+
+`ratio_vs_best_eager`: the fastest competitor of any precision over ours. `ratio_vs_flop_floor`: ours over the time of
+the step's multiplications at the rate of a large matrix product of the same dtype. `noise`: relative spread of our
+samples. Peaks are those of fresh processes that do nothing but a few steps of one competitor (eager: channels_last).
+Rows that the file has already, from the same machine, software and options, are kept: a run that was stopped goes on.
+
+All processes keep freed memory (`ALLOCATOR`), since fresh pages cost every competitor more than its work on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tfnas.bench.measure import matmul_flops
@@ -36,11 +45,25 @@ from tfnas.space_io import load_space
 from tfnas.steps import architecture_step, weight_step
 from tfnas.supernet import Supernet
 from tfnas.versions import software_versions
+from torch import Tensor
 
+from tfnas_ext import engine_reference
 from tfnas_ext.backends import cpu_capability
 from tfnas_ext.engine import EngineFactory, register_engine
 from tfnas_ext.engine_reference import ReferenceEngine
+from tfnas_ext.reference import mbinvres
 from tfnas_ext.timing import CpuTimer, ProcessTimer, StopRule, measure_interleaved
+
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+    "MALLOC_ARENA_MAX": "1",
+}
+DEFAULT_CASES = ("8x224", "64x64", "64x32", "small:16x28")
+OURS = {"ours": torch.float32, "ours_bfloat16": torch.bfloat16}
+EAGER = {"eager_nchw": "nchw", "eager_channels_last": "reference", "eager_autocast": "reference"}
+COMPILED = {"compiled": "compiled"}
 
 
 class NchwEngine(ReferenceEngine):
@@ -50,8 +73,41 @@ class NchwEngine(ReferenceEngine):
     memory_format = torch.contiguous_format
 
 
-COMPETITORS = ("ours", "eager_nchw", "eager_channels_last", "eager_autocast")
-ENGINES = {"ours": "native", "eager_nchw": "nchw"}
+class CompiledEngine(ReferenceEngine):
+    """The reference engine with every block compiled for its shapes."""
+
+    name = "compiled"
+
+    def _op(self, index: int, candidate: int, x: Tensor, weights: list[Tensor]) -> Tensor:
+        plain, engine_reference.mbinvres = engine_reference.mbinvres, compiled_block()
+        try:
+            return super()._op(index, candidate, x, weights)
+        finally:
+            engine_reference.mbinvres = plain
+
+
+@cache
+def compiled_block() -> Callable[..., Tensor]:
+    torch._dynamo.config.recompile_limit = 1000  # a block has a shape of its own in every layer
+    return torch.compile(mbinvres, dynamic=False)
+
+
+class Case(NamedTuple):
+    space: str
+    batch: int
+    resolution: int
+
+    @staticmethod
+    def parse(text: str) -> Case:
+        space, _, size = text.rpartition(":")
+        try:
+            batch, resolution = (int(part) for part in size.split("x"))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected [SPACE:]BATCHxRESOLUTION, got {text!r}") from None
+        return Case(space or "imagenet", batch, resolution)
+
+    def __str__(self) -> str:
+        return f"{self.space}:{self.batch}x{self.resolution}"
 
 
 class Steps:
@@ -60,7 +116,8 @@ class Steps:
     def __init__(self, competitor: str, space: Space, batch: int, resolution: int) -> None:
         torch.manual_seed(0)
         self.autocast = competitor == "eager_autocast"
-        self.supernet = Supernet(space, engine=ENGINES.get(competitor, "reference"))
+        engine = {**EAGER, **COMPILED}.get(competitor, "native")
+        self.supernet = Supernet(space, engine=engine, dtype=OURS.get(competitor, torch.float32))
         self.adam = self.supernet.architecture_adam(1e-3, (0.5, 0.999))
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(batch, space.image_channels, resolution, resolution, generator=generator)
@@ -75,7 +132,8 @@ class Steps:
             if step == "W":
                 return weight_step(self.supernet, self.images, self.labels, self.choices, lr=1e-6).losses.sum().item()
             u = self.supernet.log_alpha.exp()
-            result = architecture_step(self.supernet, self.adam, self.images, self.labels, u, lambda u, v: u.sum() * 0)
+            no_latency = torch.zeros(())
+            result = architecture_step(self.supernet, self.adam, self.images, self.labels, u, lambda u, v: no_latency)
             return result.cross_entropy.item()
 
 
@@ -92,78 +150,124 @@ def multiply_adds(space: Space, steps: Steps, step: str, resolution: int) -> int
     return total
 
 
-def peak_bytes(args: argparse.Namespace, competitor: str, step: str, case: str) -> int:
-    """Largest resident size of a fresh process that runs a few steps."""
-    command = [sys.executable, __file__, "--space", args.space, "--cases", case, "--steps", step]
-    command += ["--threads", str(args.threads), "--peak-of", competitor]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def run_alone(competitor: str, case: Case, step: str) -> int:
+    """Largest resident bytes of this process after a few steps."""
+    steps = Steps(competitor, load_space(case.space), case.batch, case.resolution)
+    for _ in range(3):
+        steps.run(step)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure_case(args: argparse.Namespace, space: Space, step: str, case: str) -> dict[str, Any]:
-    batch, resolution = (int(part) for part in case.split("x"))
-    competitors = {name: Steps(name, space, batch, resolution) for name in COMPETITORS}
+def peak_bytes(threads: int, competitor: str, case: Case, step: str) -> int:
+    """`run_alone` in a fresh process."""
+    command = [sys.executable, __file__, "--cases", str(case), "--steps", step]
+    command += ["--threads", str(threads), "--peak-of", competitor]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def measure_case(args: argparse.Namespace, case: Case, step: str) -> list[dict[str, Any]]:
+    """The rows of one case and step, one for each dtype of ours."""
+    space = load_space(case.space)
+    names = [*OURS, *EAGER, *(COMPILED if args.compile else ())]
+    competitors = {name: Steps(name, space, case.batch, case.resolution) for name in names}
     losses = {name: steps.run(step) for name, steps in competitors.items()}
     for name, loss in losses.items():
-        allowed = 0.1 if name == "eager_autocast" else 1e-3
+        allowed = 0.1 if name in ("eager_autocast", "ours_bfloat16") else 1e-3
         if not abs(loss - losses["ours"]) <= allowed * abs(losses["ours"]):
             raise SystemExit(f"results differ, nothing was timed: {losses}")
-    calls: dict[str, Callable[[], object]] = {name: (lambda s=s: s.run(step)) for name, s in competitors.items()}
+    calls = {name: partial(steps.run, step) for name, steps in competitors.items()}
     rule = StopRule(0.01, args.samples, time_limit_s=args.seconds)
     timer = ProcessTimer() if args.clock == "process" else CpuTimer()
     samples = measure_interleaved(calls, timer=timer, rule=rule, warm_up=1, rejection=False)
     times = {name: result.median_ms for name, result in samples.items()}
-    best = min((name for name in times if name != "ours"), key=times.__getitem__)
+    theirs = {name: ms for name, ms in times.items() if name not in OURS}
+    best = min(theirs, key=theirs.__getitem__)
     passes = 3 if step == "W" else 2  # forward and gradients of inputs and, in W, of weights
-    floor_ms = (
-        1e3 * passes * 2 * batch * multiply_adds(space, competitors["ours"], step, resolution) / matmul_flops(timer)
+    flops = 2 * passes * case.batch * multiply_adds(space, competitors["ours"], step, case.resolution)
+    rows: list[dict[str, Any]] = []
+    for name, dtype in OURS.items():
+        row: dict[str, Any] = {"space": case.space, "step": step, "batch": case.batch, "resolution": case.resolution}
+        row |= {"dtype": str(dtype).removeprefix("torch."), "ours_ms": round(times[name], 2)}
+        row |= {f"{eager}_ms": round(ms, 2) for eager, ms in theirs.items()}
+        row |= {"best_eager": best, "ratio_vs_best_eager": round(times[best] / times[name], 3)}
+        row |= {"ratio_vs_flop_floor": round(times[name] * matmul_flops(timer, dtype=dtype) / flops / 1e3, 2)}
+        row |= {"samples": samples[name].count, "noise": round(samples[name].rel_spread, 3)}
+        if args.peak:
+            row["ours_peak_bytes"] = peak_bytes(args.threads, name, case, step)
+            row["eager_peak_bytes"] = (
+                rows[0]["eager_peak_bytes"] if rows else peak_bytes(args.threads, "eager_channels_last", case, step)
+            )
+        rows.append(row)
+    return rows
+
+
+def kept_rows(path: Path | None, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run with the same header."""
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    rows = found.pop("rows")
+    return rows if found == header else []
+
+
+def say(row: dict[str, Any]) -> None:
+    theirs = "  ".join(f"{key} {value:.1f}" for key, value in row.items() if key.endswith("_ms") and key != "ours_ms")
+    what = f"{row['step']} {row['space']} {row['batch']}x{row['resolution']} {row['dtype']}"
+    ratios = (
+        f"{row['ratio_vs_best_eager']:.2f} times {row['best_eager']}, {row['ratio_vs_flop_floor']:.2f} times the floor"
     )
-    row: dict[str, Any] = {"space": space.name, "step": step, "batch": batch, "resolution": resolution}
-    row |= {"dtype": "float32", **{f"{name}_ms": round(ms, 2) for name, ms in times.items()}}
-    row |= {"best_eager": best, "ratio_vs_best_eager": round(times[best] / times["ours"], 3)}
-    row |= {"ratio_vs_flop_floor": round(times["ours"] / floor_ms, 2), "samples": samples["ours"].count}
-    row["noise"] = round(samples["ours"].rel_spread, 3)
-    if args.peak:
-        row["ours_peak_bytes"] = peak_bytes(args, "ours", step, case)
-        row["eager_peak_bytes"] = peak_bytes(args, "eager_channels_last", step, case)
-    return row
+    print(f"{what}: ours_ms {row['ours_ms']:.1f}  {theirs}: {ratios}", flush=True)
+    if "ours_peak_bytes" in row:
+        print(f"  peak {row['ours_peak_bytes'] / 1e9:.2f} GB, eager {row['eager_peak_bytes'] / 1e9:.2f} GB", flush=True)
+    if row["space"] == "small":
+        gain = row["eager_channels_last_ms"] / row["ours_ms"]
+        print(f"  quickstart: {gain:.2f} times `reference`, {row['ratio_vs_best_eager']:.2f} times the best eager")
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--space", default="imagenet")
-    parser.add_argument("--cases", nargs="+", default=["8x224"], help="batch x resolution")
+    parser.add_argument("--cases", nargs="+", type=Case.parse, default=[Case.parse(case) for case in DEFAULT_CASES])
     parser.add_argument("--steps", nargs="+", default=["W", "A"], choices=["W", "A"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--clock", choices=["wall", "process"], default="wall", help="process: CPU time, on a busy machine, one thread"
     )
-    parser.add_argument("--samples", type=int, default=10, help="at least this many each")
+    parser.add_argument("--samples", type=int, default=10, help="at least this many each, time permitting")
     parser.add_argument("--seconds", type=float, default=20.0, help="time limit of each competitor")
-    parser.add_argument("--peak", action="store_true", help="measure peak memory too, in processes of their own")
-    parser.add_argument("--peak-of", choices=COMPETITORS, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help="blocks under torch.compile compete too")
+    parser.add_argument("--peak", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too")
+    parser.add_argument("--peak-of", choices=[*OURS, *EAGER], help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="where to write the result")
     args = parser.parse_args()
     if args.clock == "process" and args.threads != 1:
         parser.error("--clock process adds up the time of all threads: give --threads 1 with it")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     torch.set_num_threads(args.threads)
     register_engine("nchw", EngineFactory(NchwEngine, lambda spec, layers: None))
-    space = load_space(args.space)
+    register_engine("compiled", EngineFactory(CompiledEngine, lambda spec, layers: None))
     if args.peak_of:
-        batch, resolution = (int(part) for part in args.cases[0].split("x"))
-        steps = Steps(args.peak_of, space, batch, resolution)
-        for _ in range(3):
-            steps.run(args.steps[0])
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(run_alone(args.peak_of, args.cases[0], args.steps[0]))
         return
-    machine = {"device": device_name("cpu"), "capability": cpu_capability(), "threads": args.threads}
-    result: dict[str, Any] = {"benchmark": "search_step", **machine, "clock": args.clock}
-    result |= {"versions": software_versions(), "rows": []}
+    header: dict[str, Any] = {"benchmark": "search_step", "device": device_name("cpu"), "capability": cpu_capability()}
+    header |= {"threads": args.threads, "clock": args.clock, "versions": software_versions()}
+    rows = kept_rows(args.json, header)
     for case in args.cases:
         for step in args.steps:
-            result["rows"].append(measure_case(args, space, step, case))
-            print(json.dumps(result["rows"][-1]), flush=True)
-            if args.json:  # after every row: long runs may be stopped
-                write_text_atomically(args.json, json.dumps(result, indent=2) + "\n")
+            key = {"space": case.space, "step": step, "batch": case.batch, "resolution": case.resolution}
+            done = [row for row in rows if key.items() <= row.items() and ("compiled_ms" in row or not args.compile)]
+            if len(done) < len(OURS):
+                done = measure_case(args, case, step)
+                rows = [row for row in rows if not key.items() <= row.items()] + done
+                if args.json:  # after every step: long runs may be stopped
+                    write_text_atomically(args.json, json.dumps(header | {"rows": rows}, indent=2) + "\n")
+            for row in done:
+                say(row)
 
 
 if __name__ == "__main__":

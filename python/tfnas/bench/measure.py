@@ -80,9 +80,9 @@ def measure_cases(
                 yield Row(case.name, phase, str(dtype).removeprefix("torch."), times, noise, gflops)
 
 
-def matmul_flops(timer: Timer, size: int = 1024, repeats: int = 20) -> float:
-    """FLOP/s of a large float32 product, the best of repeated calls."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matmul_flops(timer: Timer, size: int = 1024, repeats: int = 20, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a large product, the best of repeated calls."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     timer.warm_up(lambda: torch.mm(a, b), 2)
     return 2 * size**3 / min(timer.sample(lambda: torch.mm(a, b)).ms for _ in range(repeats)) * 1e3
 
