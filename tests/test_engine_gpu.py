@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from engine_case import Case, random_body
 from naive_body import NaiveBody
+from step_cases import batches, make_steps, run_steps, state_of
+from tfnas.figures import Figures
+from tfnas.step_graphs import DirectRunner, GraphRunner
 from torch import Tensor
 
 from tfnas_ext.engine import make_engine, run_mixture, run_paths
@@ -132,6 +137,35 @@ def test_a_captured_step_replays_any_choice() -> None:
         assert torch.equal(norm, want)
     for ours, theirs in zip(graphed_layers, eager_layers, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours.weights(), theirs.weights(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_captured_search_steps_equal_ordinary_calls_bit_for_bit(dtype: torch.dtype) -> None:
+    """Whole steps, sampler and Adam included, over changes of learning rate, temperature and widths."""
+    graphs = GraphRunner(torch.device("cuda"))
+    direct, captured = (make_steps("cuda", runner, "cuda", dtype) for runner in (DirectRunner(), graphs))
+    for got, want in zip(run_steps(captured), run_steps(direct), strict=True):
+        assert torch.equal(got, want)
+    assert any(entry.graph is not None for entry in graphs._steps.values())
+    ours, theirs = state_of(captured), state_of(direct)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_replays_never_wait_for_the_device() -> None:
+    steps = make_steps("cuda", GraphRunner(torch.device("cuda")), "cuda", torch.float32)
+    steps.begin(0, 0.1, 5.0, "random")
+    data = [(images.float().cuda(), labels.cuda()) for images, labels in batches(6)]
+    figures: Figures[int] = Figures()
+    for step, batch in enumerate(data):
+        if step == 2:  # both graphs are there
+            torch.cuda.set_sync_debug_mode("error")
+        figures.add(step, steps.weight(*batch))
+        figures.add(step, steps.architecture(*batch))
+    torch.cuda.set_sync_debug_mode("default")
+    figures.send()
+    rows = figures.take(wait=True)
+    assert [step for step, _ in rows] == [step for step in range(6) for _ in range(2)]
+    assert all(math.isfinite(value) for _, row in rows for value in row)
 
 
 def test_a_step_never_waits_for_the_device() -> None:

@@ -14,15 +14,13 @@ import pytest
 import tfnas
 import torch
 from emulated_engine import emulated
-from naive_supernet import tiny_space
 from recorded_graph import Recording, RecordingRunner
+from step_cases import CONFIG, batches, make_steps, run_steps, state_of
 from tfnas import architecture_adam, search_steps, steps
-from tfnas.config import SearchConfig
 from tfnas.figures import Figures
 from tfnas.latency import objective
-from tfnas.latency.objective import LayerLatencies
 from tfnas.search_steps import SearchSteps
-from tfnas.step_graphs import DirectRunner, StepRunner, make_runner
+from tfnas.step_graphs import DirectRunner, make_runner
 from tfnas.steps import architecture_step, weight_step
 from tfnas.supernet import Supernet
 from torch import Tensor
@@ -32,61 +30,22 @@ from tfnas_ext.sampling import gumbel_softmax_weights, sample_paths
 
 __all__ = ["emulated"]  # the fixture
 
-CONFIG = SearchConfig(seed=5)
 
-
-def make_steps(engine: str, runner: StepRunner, monkeypatch: pytest.MonkeyPatch) -> SearchSteps:
-    torch.manual_seed(2)
-    supernet = Supernet(tiny_space(), engine, torch.float64)
-    shape = supernet.log_alpha.shape
-    latencies = LayerLatencies(torch.rand(shape, dtype=torch.float64), 0.5)
-    monkeypatch.setattr(search_steps, "make_runner", lambda *_: runner)
-    return SearchSteps(supernet, CONFIG, latencies, 1.0)
-
-
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(7)
-    images = torch.randn(count, 2, 3, 6, 7, dtype=torch.float64, generator=generator)
-    return [(batch, torch.randint(0, 5, (2,), generator=generator)) for batch in images]
-
-
-def run(these: SearchSteps) -> list[Tensor]:
-    """Seven weight steps and three architecture steps over a change of rate and temperature, and one of widths."""
-    found = []
-    for step, (images, labels) in enumerate(batches(7)):
-        if step in (0, 3):
-            these.begin(step, 0.1 / (step + 1), 5.0 - step, "random")
-        if step == 4:
-            widths = [[width - 1 for width in row] for row in these.supernet.widths]
-            these.supernet.set_widths(widths)
-            these.set_latencies(LayerLatencies(these.latencies.block_ms * 1.5, 0.7))
-        found.append(these.weight(images, labels))
-        if step % 2:
-            found.append(these.architecture(images.flip(0), labels.flip(0)))
-    return found
-
-
-def state(these: SearchSteps) -> dict[str, Tensor]:
-    adam = dict(enumerate([*these.adam.first_moments, *these.adam.second_moments, these.adam.steps]))
-    moments = {f"adam {i}": tensor for i, tensor in adam.items()}
-    return {**these.supernet.state_dict(), **these.supernet.optimizer_state(), **moments}
-
-
-def test_replays_equal_ordinary_calls_bit_for_bit(emulated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replays_equal_ordinary_calls_bit_for_bit(emulated: str) -> None:
     recorder = RecordingRunner()
-    direct = make_steps(emulated, DirectRunner(), monkeypatch)
-    replayed = make_steps(emulated, recorder, monkeypatch)
-    for got, want in zip(run(replayed), run(direct), strict=True):
+    direct = make_steps(emulated, DirectRunner())
+    replayed = make_steps(emulated, recorder)
+    for got, want in zip(run_steps(replayed), run_steps(direct), strict=True):
         assert torch.equal(got, want)
     assert recorder.replays >= 3
-    ours, theirs = state(replayed), state(direct)
+    ours, theirs = state_of(replayed), state_of(direct)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_steps_equal_the_published_loop_on_plain_pytorch(emulated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_equal_the_published_loop_on_plain_pytorch(emulated: str) -> None:
     """Emulated kernels with everything on the device, against plain PyTorch with everything on the host."""
-    these = make_steps(emulated, DirectRunner(), monkeypatch)
-    plain = make_steps("reference", DirectRunner(), monkeypatch)
+    these = make_steps(emulated, DirectRunner())
+    plain = make_steps("reference", DirectRunner())
     net = plain.supernet
     adam = net.architecture_adam(CONFIG.architecture.lr, CONFIG.architecture.betas, CONFIG.architecture.weight_decay)
     these.begin(3, 0.05, 2.0, "random")

@@ -217,13 +217,12 @@ class CudaEngine:
 
     def _arguments(self, index: int, choice: Tensor | None, u: Tensor | None) -> tuple[object, ...]:
         layer = self.layers[index]
-        math = "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         weights = [weight.detach() for weight in layer.weights()]
         spec = layer.spec
         table, device_table = self._tables[index], self._device_tables[index]
         return (
             *(weights, table, device_table, choice, u),
-            *(spec.stride, spec.act, spec.residual, self.spec.eps, math),
+            *(spec.stride, spec.act, spec.residual, self.spec.eps, product_math()),
         )
 
     def _forward(
@@ -266,6 +265,11 @@ class CudaEngine:
                 buffers = [] if path is None else self._gradients[path][index]
                 dx, du[index] = torch.ops.tfnas._layer_backward(layer.x, grad, layer.saved, *arguments, wanted, buffers)
         return (dx if need_dx else None), du, dv
+
+
+def product_math() -> str:
+    """How float32 products run: "tf32" where torch's setting allows it, else "fp32"."""
+    return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:

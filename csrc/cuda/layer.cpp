@@ -47,7 +47,11 @@ LayerTable read_table(const Tensor& table) {
     int* fields[8] = {
         &rows.kernel_size, &rows.first_row,    &rows.depthwise_at,      &rows.width,
         &rows.se_channels, &rows.se_weight_at, &rows.se_reduce_bias_at, &rows.se_expand_bias_at};
-    for (int i = 0; i < 8; i++) *fields[i] = static_cast<int>(row[i]);
+    for (int i = 0; i < 8; i++) {
+      TORCH_CHECK_VALUE(row[i] >= 0 && row[i] < int64_t{1} << 31, "table: column ", i,
+                        " must not be negative, got ", row[i]);
+      *fields[i] = static_cast<int>(row[i]);
+    }
   }
   return out;
 }
@@ -87,6 +91,34 @@ struct Call {
   double eps;
 };
 
+// The weights hold all rows that the table names.
+void check_weights(const Call& c, const LayerTable& table) {
+  const int64_t channels = c.x.size(1);
+  const Tensor &expand = c.weights[kExpandRole], &project = c.weights[kProjectRole];
+  TORCH_CHECK_VALUE(expand.numel() == 0 || (expand.dim() == 2 && expand.size(1) == channels),
+                    "expand must be [rows, ", channels, "] as x has ", channels, " channels, got ",
+                    expand.sizes());
+  TORCH_CHECK_VALUE(project.dim() == 2 && project.size(1) >= 1, "project must be [rows, channels], got ",
+                    project.sizes());
+  const int64_t outs = project.size(1);
+  TORCH_CHECK_VALUE(!c.residual || (c.stride == 1 && outs == channels),
+                    "residual needs stride 1 and as many output as input channels, got stride ", c.stride,
+                    ", ", channels, " and ", outs);
+  for (int i = 0; i < table.count; i++) {
+    const CandidateRows& rows = table.candidate[i];
+    const int64_t end = int64_t{rows.first_row} + rows.width, taps = rows.kernel_size * rows.kernel_size;
+    if (expand.numel() > 0) check_elements(expand, "expand", end * channels);
+    check_elements(c.weights[kDepthwiseRole], "depthwise", rows.depthwise_at + rows.width * taps);
+    check_elements(project, "project", end * outs);
+    if (rows.se_channels == 0) continue;
+    const int64_t weights = rows.se_weight_at + int64_t{rows.width} * rows.se_channels;
+    check_elements(c.weights[kSeReduceWeight], "se_reduce_weight", weights);
+    check_elements(c.weights[kSeReduceBias], "se_reduce_bias", rows.se_reduce_bias_at + rows.se_channels);
+    check_elements(c.weights[kSeExpandWeight], "se_expand_weight", weights);
+    check_elements(c.weights[kSeExpandBias], "se_expand_bias", rows.se_expand_bias_at + rows.width);
+  }
+}
+
 template <class T>
 LayerArgs<T> make_args(const Call& c, const DeviceScope& device) {
   using A = Acc<T>;
@@ -103,13 +135,19 @@ LayerArgs<T> make_args(const Call& c, const DeviceScope& device) {
   TORCH_CHECK_VALUE(c.stride == 1 || c.stride == 2, "stride must be 1 or 2, got ", c.stride);
   LayerArgs<T> a{};
   a.host_table = read_table(c.table);
+  check_weights(c, a.host_table);
+  TORCH_CHECK_VALUE(c.device_table.device() == c.x.device() && c.device_table.numel() == sizeof(LayerTable),
+                    "device_table must be what _layer_table made for ", c.x.device(), ", got ",
+                    c.device_table.numel(), " bytes on ", c.device_table.device());
   a.table = reinterpret_cast<const LayerTable*>(c.device_table.const_data_ptr());
   if (c.choice) {
     check_tensor(*c.choice, "choice", c.x.device(), at::kInt);
+    TORCH_CHECK_VALUE(c.choice->numel() == 1, "choice must be one number, got ", c.choice->sizes());
     a.choice = c.choice->const_data_ptr<int>();
   }
   if (c.u) {
     check_tensor(*c.u, "u", c.x.device(), accumulator);
+    check_elements(*c.u, "u", a.host_table.count);
     a.u = c.u->const_data_ptr<A>();
   }
   TORCH_CHECK_VALUE(c.choice.has_value() != c.u.has_value(),
@@ -123,6 +161,12 @@ LayerArgs<T> make_args(const Call& c, const DeviceScope& device) {
   a.project = c.weights[kProjectRole].const_data_ptr<A>();
   a.se = {c.weights[kSeReduceWeight].const_data_ptr<A>(), c.weights[kSeReduceBias].const_data_ptr<A>(),
           c.weights[kSeExpandWeight].const_data_ptr<A>(), c.weights[kSeExpandBias].const_data_ptr<A>()};
+  if (!a.expand) {
+    TORCH_CHECK_VALUE(a.host_table.count == 1 && a.host_table.candidate[0].width == a.in_channels,
+                      "a layer without expand weights must have one candidate of x's ", a.in_channels,
+                      " channels, got ", a.host_table.count, " candidates, the first of width ",
+                      a.host_table.candidate[0].width);
+  }
   a.device = device.limits();
   a.stream = device.stream();
   return a;
@@ -190,6 +234,8 @@ std::tuple<Tensor, Tensor> layer_backward_op(const Tensor& x, const Tensor& dout
     TORCH_CHECK_VALUE(dout.is_contiguous(at::MemoryFormat::ChannelsLast) &&
                           dout.numel() == size.out_pixels * args.out_channels,
                       "dout must be channels_last and as large as the output, got ", dout.sizes());
+    check_tensor(saved, "saved", x.device(), at::kByte);
+    check_elements(saved, "saved", layer_saved_bytes(args));
     Tensor dx = need_dx ? at::empty_like(x) : at::empty({0}, x.options());
     Tensor du = at::empty({u ? size.slots : 0}, x.options().dtype(Scalar<T>::accumulator));
     LayerGrads<T> out{};
@@ -197,8 +243,8 @@ std::tuple<Tensor, Tensor> layer_backward_op(const Tensor& x, const Tensor& dout
     if (u) out.du = du.mutable_data_ptr<A>();
     if (!grads.empty()) {
       TORCH_CHECK_VALUE(grads.size() == 7, "grads must be seven tensors or none, got ", grads.size());
-      const int64_t wanted[3] = {int64_t{size.active} * args.in_channels, int64_t{size.active} * size.taps,
-                                 int64_t{size.active} * args.out_channels};
+      const int64_t wanted[3] = {args.expand ? int64_t{size.active} * args.in_channels : 0,
+                                 int64_t{size.active} * size.taps, int64_t{size.active} * args.out_channels};
       for (int i = 0; i < 7; i++) {
         check_tensor(grads[i], "grads", x.device(), Scalar<T>::accumulator);
         const int64_t least = i < 3 ? wanted[i] : weights[i].numel();

@@ -60,18 +60,27 @@ ExpandDwArgs<T> expand_dw_args(const LayerArgs<T>& a, const LayerSizes& size, si
     tried.tile_height = y, tried.tile_width = x, tried.tile_images = images;
     return tried;
   };
-  const TileChoice tile = choose_tile(
-      size.out_height, size.out_width, a.batch, Shape::kRegisterRows, Shape::kRegisterColumns,
-      a.device.shared_bytes,
-      [&](int y, int x, int images) {
-        return Tile(with(y, x, images), size.largest_kernel).shared_bytes(images, size.largest_kernel);
-      },
-      [&](int y, int x, int images) {
-        const ExpandDwArgs<T> tried = with(y, x, images);
-        const double taps = size.taps, outputs = double(images) * y * x;
-        return tried.tiles() *
-               (Tile(tried, size.largest_kernel).rows * (2.0 + a.in_channels / 8.0) + outputs * taps);
-      });
+  const std::array<int64_t, 7> sizes{a.batch,
+                                     a.height,
+                                     a.width,
+                                     a.in_channels,
+                                     S,
+                                     size.largest_kernel,
+                                     static_cast<int64_t>(a.device.shared_bytes)};
+  const TileChoice tile = remembered_tile<Tile>(sizes, [&] {
+    return choose_tile(
+        size.out_height, size.out_width, a.batch, Shape::kRegisterRows, Shape::kRegisterColumns,
+        a.device.shared_bytes,
+        [&](int y, int x, int images) {
+          return Tile(with(y, x, images), size.largest_kernel).shared_bytes(images, size.largest_kernel);
+        },
+        [&](int y, int x, int images) {
+          const ExpandDwArgs<T> tried = with(y, x, images);
+          const double taps = size.taps, outputs = double(images) * y * x;
+          return tried.tiles() *
+                 (Tile(tried, size.largest_kernel).rows * (2.0 + a.in_channels / 8.0) + outputs * taps);
+        });
+  });
   args.tile_height = tile.height, args.tile_width = tile.width, args.tile_images = tile.images;
   shared_bytes = tile.shared_bytes;
   // Enough blocks to fill the card, no more: every run stages x again.

@@ -3,6 +3,10 @@
 // emulator.
 #pragma once
 
+#include <array>
+#include <map>
+#include <mutex>
+
 #include "squeeze_excite.cuh"
 
 namespace tfnas::cuda {
@@ -80,6 +84,17 @@ TileChoice choose_tile(int map_height, int map_width, int batch, int step_y, int
     if (best.height > 0) return best;
   }
   return {0, 0, 0, 0};  // not even the smallest tile fits
+}
+
+// What `choose()` says for these sizes, chosen once: trying all tiles takes longer on the host than a launch.
+// `Kernel` is a type of the kernel's own.
+template <class Kernel, class Choose>
+TileChoice remembered_tile(const std::array<int64_t, 7>& sizes, Choose choose) {
+  static std::mutex mutex;
+  static std::map<std::array<int64_t, 7>, TileChoice> chosen;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = chosen.find(sizes);
+  return found != chosen.end() ? found->second : chosen.emplace(sizes, choose()).first->second;
 }
 
 }  // namespace tfnas::cuda

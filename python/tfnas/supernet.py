@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tfnas_ext.engine import SupernetEngine, make_engine, run_mixture, run_paths
 from tfnas_ext.engine_spec import BodySpec, CandidateSpec, LayerSpec
+from tfnas_ext.fixed_layer import FixedLayer
 from tfnas_ext.packed import PackedLayer, copy_named, named_conv_views
 
 from .architecture import Architecture
@@ -107,7 +109,7 @@ class Supernet(nn.Module):
         their probabilities, without a gradient to `log_beta`. A backward leaves the gradients of the sampled weights
         with the engine.
         """
-        x = self._run(self.stem, self._prepare(images))
+        x = self._stem(self._prepare(images))
         v = None if self._body_spec.depth_weights_shape is None else self.depth_weights().detach()
         return [self._logits(out) for out in run_paths(self.engine, x, choices, v)]
 
@@ -118,7 +120,7 @@ class Supernet(nn.Module):
         weights of stem and body get none.
         """
         with torch.no_grad():
-            x = self._run(self.stem, self._prepare(images))
+            x = self._stem(self._prepare(images))
         engine_v = None if self._body_spec.depth_weights_shape is None else v
         return self._logits(run_mixture(self.engine, x, u, engine_v))
 
@@ -238,6 +240,13 @@ class Supernet(nn.Module):
     def _make_engine(self) -> None:
         self.engine: SupernetEngine = make_engine(self._engine_name, self._body_spec, self.packed_layers())
         self.engine.set_widths(self.widths)
+        self._fixed: FixedLayer | None = None
+        if self.engine.capturable:
+            space = self.space
+            self._fixed = FixedLayer(
+                *(space.stem_channels, 3, space.fixed_se_channels, space.stem_act, self.stem.block.has_residual),
+                *(BATCH_NORM_EPS, self.log_alpha.device),
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Supernet:
         super()._apply(fn, recurse)
@@ -256,6 +265,14 @@ class Supernet(nn.Module):
             return module(x)
         cast_parameters = {name: parameter.to(self.dtype) for name, parameter in module.named_parameters()}
         return torch.func.functional_call(module, cast_parameters, x)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        """The stem; its fixed block on the engine's kernels where the engine has kernels for a GPU."""
+        if self._fixed is None:
+            return self._run(self.stem, x)
+        stem, conv = self.stem, self.stem.conv_stem
+        hidden = F.conv2d(x, conv.weight.to(x.dtype), stride=conv.stride, padding=conv.padding)
+        return self._fixed(stem.act1(stem.bn1(hidden)), list(stem.block.parameters()))
 
     def _logits(self, x: Tensor) -> Tensor:
         return self._run(self.head, x).to(self.weight_dtype)
