@@ -201,20 +201,21 @@ def _search(config: SearchConfig) -> Any:
     return said, result.architecture
 
 
-def test_all_stop_at_one_step_and_resume_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [WORLD, pytest.param(3, marks=pytest.mark.slow)])
+def test_all_stop_at_one_step_and_resume_to_the_same_bits(tmp_path: Path, world: int) -> None:
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
-    raise_failures(run_processes(WORLD, _search, tiny_config(tmp_path / "whole", **_changes())))
+    raise_failures(run_processes(world, _search, tiny_config(tmp_path / "whole", **_changes())))
     expected = results_of(tmp_path / "whole" / "run")
     config = tiny_config(tmp_path / "parts", **_changes())
     for step in (4, 6):  # the step after the one with the signal is the last: in an epoch, and at the end of one
-        for stopped in run_processes(WORLD, _search_signalled, config, step):
+        for stopped in run_processes(world, _search_signalled, config, step):
             assert isinstance(stopped, SearchInterrupted)
             assert f"stopped at step {step + 2} of 12" in str(stopped)
         assert load_checkpoint(config.output)[0]["step"] == step + 2
         config.resume = True
-    said = raise_failures(run_processes(WORLD, _search, config))
-    assert said[0][0][0] == "step 8, 2 processes"
+    said = raise_failures(run_processes(world, _search, config))
+    assert said[0][0][0] == f"step 8, {world} processes"
     assert said[1][0] == []
     results = results_of(tmp_path / "parts" / "run")
     for found in (results, expected):

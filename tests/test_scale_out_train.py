@@ -80,7 +80,7 @@ class _BothShares(TrainLoop):
                 logits = net(x)
                 loss = F.cross_entropy(logits, y, label_smoothing=config.regularization.label_smoothing)
                 (loss * len(y) / images).backward()
-                sums += torch.tensor([float(loss) * len(y), float((logits.argmax(1) == y).sum()), len(y)])
+                sums += torch.tensor([float(loss.detach()) * len(y), float((logits.argmax(1) == y).sum()), len(y)])
             grads.append([p.grad for p in self.parameters])
             statistics.append([value.clone() for value in net.buffers()])
             self.optimizer.zero_grad(set_to_none=True)
@@ -146,16 +146,18 @@ def _train_stopped(config: TrainConfig, step: int) -> None:
         train(config, [])
 
 
-def test_resumes_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [WORLD, pytest.param(3, marks=pytest.mark.slow)])
+def test_resumes_to_the_same_bits(tmp_path: Path, world: int) -> None:
+    changes: dict[str, Any] = {"steps_per_epoch": 3, "dataset__fake_images_per_class": 25}
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
-    raise_failures(run_processes(WORLD, _train, train_config(tmp_path / "whole", steps_per_epoch=3)))
-    config = train_config(tmp_path / "parts", steps_per_epoch=3)
-    for stopped in run_processes(WORLD, _train_stopped, config, 2):
+    raise_failures(run_processes(world, _train, train_config(tmp_path / "whole", **changes)))
+    config = train_config(tmp_path / "parts", **changes)
+    for stopped in run_processes(world, _train_stopped, config, 2):
         assert isinstance(stopped, TrainingInterrupted)
         assert "stopped at step 4 of 9" in str(stopped)
     config.resume = True
-    raise_failures(run_processes(WORLD, _train, config))
+    raise_failures(run_processes(world, _train, config))
     assert_equal_bits(results_of(tmp_path / "whole" / "run"), results_of(tmp_path / "parts" / "run"))
 
 

@@ -1,12 +1,14 @@
 """A network whose gradients are averaged over the processes of a run (DistributedDataParallel)."""
 
-from __future__ import annotations
+# without postponed annotations: DistributedDataParallel looks at its hook's
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tfnas.processes import Processes
@@ -24,7 +26,31 @@ def share_network(network: nn.Module, processes: Processes) -> nn.Module:
     # torch 2.14 gave the option its second name
     known = inspect.signature(DistributedDataParallel).parameters
     options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
-    return DistributedDataParallel(network, **options)
+    shared = DistributedDataParallel(network, **options)
+    if device.type == "cpu":
+        shared.register_comm_hook(None, _mean_in_order)
+    return shared
+
+
+def _mean_in_order(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The mean of a bucket over the processes, added up from the first to the last.
+
+    An all-reduce adds in an order that depends on a gradient's place, and DistributedDataParallel moves them after the
+    first step: a resumed training would not come to the same bits.
+    """
+    own = bucket.buffer()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+
+    def mean(future: torch.futures.Future[Any]) -> Tensor:
+        future.value()
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total.div_(len(parts))
+
+    work = dist.all_gather(parts, own, async_op=True)
+    result: torch.futures.Future[Tensor] = work.get_future().then(mean)
+    return result
 
 
 def exchange_gradients(network: nn.Module, exchange: bool) -> AbstractContextManager[None]:
