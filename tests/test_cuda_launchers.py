@@ -214,6 +214,21 @@ def test_bad_arguments_around_the_layers(emulated: str) -> None:
         with pytest.raises(error, match=message):
             adam(**change)
     adam()
+    outs = [torch.ones(2, 3), torch.ones(2, 3)]
+    for call, error, message in (
+        (lambda: ops._sink([], torch.ones(2)), ValueError, "outs must be 1 to 16 tensors, got 0"),
+        (lambda: ops._sink([outs[0], torch.ones(3, 2)], torch.ones(2)), ValueError, "outs must be alike"),
+        (lambda: ops._sink(outs, torch.ones(1)), ValueError, "v must hold at least 2 elements, got 1"),
+        (lambda: ops._sink(outs, torch.ones(2).double()), TypeError, "v must be Float, got Double"),
+        (lambda: ops._sink([outs[0].int()], torch.ones(1)), TypeError, "outs must be float32, float64 or bfloat16"),
+        (lambda: ops._sink_dots(outs, torch.ones(2)), ValueError, "dout must be as outs"),
+        (lambda: ops._cross_entropy(outs[0], torch.zeros(3).long()), ValueError, r"labels must be \[2\], got \[3\]"),
+        (lambda: ops._cross_entropy(outs[0], torch.zeros(2)), TypeError, "labels must be Long, got Float"),
+        (lambda: ops._cross_entropy(outs[0][:0], torch.zeros(0).long()), ValueError, "logits must be a non-empty"),
+        (lambda: ops._cross_entropy(outs[0].bfloat16(), torch.zeros(2).long()), TypeError, "logits must be float32"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
 
 
 def test_more_shared_memory_than_there_is(emulated: str) -> None:

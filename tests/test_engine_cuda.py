@@ -78,8 +78,8 @@ def test_clip_and_sgd(emulated: str, same: bool) -> None:
             torch.autograd.grad(
                 outs, case.x, [torch.sin(torch.arange(out.numel()).double()).view(out.shape) for out in outs]
             )
-            for buffer in case.engine.gradient_buffers():
-                buffer.div_(2)
+            for gradients in case.engine.gradient_buffers():
+                gradients.div_(2)
             grad = torch.linspace(-1, 1, 5, dtype=torch.float64)
             norms.append(case.engine.clip_and_sgd_(0.1, 0.9, 1e-3, 2.0, [(weight, grad, buffer)]))
         close(norms[0], norms[1], 1e-9)

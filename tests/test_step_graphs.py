@@ -84,7 +84,7 @@ def test_step_path_reads_nothing_back() -> None:
     path: list[Callable[..., object]] = [
         *(engine.forward_paths, engine.backward_paths, engine.forward_mixture, engine.backward_mixture),
         *(engine.clip_and_sgd_, engine._check, engine._arguments, engine._forward, engine._backward),
-        *(steps.weight_step, steps.architecture_step, steps._correct, architecture_adam.ArchitectureAdam.step_),
+        *(steps.weight_step, steps.architecture_step, architecture_adam.ArchitectureAdam.step_),
         *(SearchSteps.weight, SearchSteps.architecture, SearchSteps._weight, SearchSteps._architecture),
         *(SearchSteps._latency_term, objective.expected_latency_ms, objective._keep_weights),
         *(objective.latency_objective, *objective.OBJECTIVES.values()),

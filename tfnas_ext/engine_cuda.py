@@ -143,7 +143,7 @@ class CudaEngine:
         if self._prepared_for != x.device:
             self._prepare(x.device)
         x = x.detach().contiguous(memory_format=torch.channels_last)
-        return x, v.detach().to(x.dtype)
+        return x, v.detach().to(self._weight_dtype)
 
     def _prepare(self, device: torch.device) -> None:
         """Tables, gradient buffers and their addresses for the present widths: once per epoch."""
@@ -237,9 +237,7 @@ class CudaEngine:
                 out, saved = torch.ops.tfnas._layer_forward(x, *arguments)
                 tape.append(_LayerTape(x, saved, out))
                 x = out
-            x = v[s, 0] * tape[first].out
-            for depth in range(1, len(stage)):
-                x = torch.addcmul(x, tape[first + depth].out, v[s, depth])
+            x = torch.ops.tfnas._sink([layer.out for layer in tape[first:]], v[s])
         return x, tape
 
     def _backward(
@@ -253,12 +251,15 @@ class CudaEngine:
         for s in reversed(range(len(self.spec.stages))):
             dsink = (dout if dx is None else dx).contiguous(memory_format=torch.channels_last)
             dx = None
-            for depth in reversed(range(len(self.spec.stages[s]))):
+            depth_weights, stage = v[s].to(dsink.dtype), len(self.spec.stages[s])
+            if u is not None:
+                outs = [layer.out for layer in tape[index - stage : index]]
+                dv[s, :stage] = torch.ops.tfnas._sink_dots(outs, dsink)
+            for depth in reversed(range(stage)):
                 index -= 1
                 layer = tape[index]
-                if u is not None:
-                    dv[s, depth] = (dsink * layer.out).sum()
-                grad = dsink * v[s, depth] if dx is None else torch.addcmul(dx, dsink, v[s, depth])
+                share = depth_weights[depth]
+                grad = dsink * share if dx is None else torch.addcmul(dx, dsink, share)
                 choice = None if path is None else self._choices[path, index : index + 1]
                 arguments = self._arguments(index, choice, None if u is None else u[index])
                 wanted = need_dx or index > 0
@@ -297,6 +298,8 @@ def shape_refusal(spec: BodySpec) -> str | None:
     """What no device changes: the depth space, kernel sizes and numbers of candidates that the kernels know."""
     if spec.depth_space != "sink":
         return f"the CUDA kernels run depth_space 'sink', not {spec.depth_space!r}"
+    if spec.max_depth > 16:
+        return f"a stage has {spec.max_depth} layers, the CUDA kernels take up to 16"
     for index, layer in enumerate(spec.layers):
         if len(layer.candidates) > 16:
             return f"layer {index} has {len(layer.candidates)} candidates, the CUDA kernels take up to 16"

@@ -1,13 +1,16 @@
-// Launchers of what surrounds the layers in a step: gradient norm, SGD, Adam. Nothing here waits for the
-// device.
+// Launchers of what surrounds the layers in a step: sinks, loss, gradient norm, SGD, Adam. Nothing here waits
+// for the device.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "cuda/arguments.h"
 #include "cuda/device.h"
 #include "kernels/adam.h"
+#include "kernels/cross_entropy.h"
 #include "kernels/sgd.h"
+#include "kernels/sink.h"
 
 namespace tfnas::cuda {
 namespace {
@@ -154,12 +157,102 @@ Tensor adam_step_op(at::TensorList alpha, const Tensor& alpha_grad, const Tensor
   });
 }
 
+template <class F>
+auto dispatch_activations(const Tensor& x, const char* name, F f) {
+  if (x.scalar_type() == at::kDouble) return f.template operator()<double>();
+  if (x.scalar_type() == at::kBFloat16) return f.template operator()<__nv_bfloat16>();
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, " must be float32, float64 or bfloat16, got ",
+                   x.scalar_type());
+  return f.template operator()<float>();
+}
+
+at::ScalarType accumulator_of(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+template <class T>
+SinkOutputs<T> sink_outputs(at::TensorList outs) {
+  SinkOutputs<T> view{static_cast<int>(outs.size()), {}};
+  for (int d = 0; d < view.depth; d++) view.out[d] = static_cast<const T*>(outs[d].const_data_ptr());
+  return view;
+}
+
+void check_outputs(at::TensorList outs) {
+  TORCH_CHECK_VALUE(!outs.empty() && outs.size() <= kMaxDepth, "outs must be 1 to ", kMaxDepth,
+                    " tensors, got ", outs.size());
+  for (size_t d = 0; d < outs.size(); d++) {
+    TORCH_CHECK_VALUE(outs[d].device() == outs[0].device() &&
+                          outs[d].scalar_type() == outs[0].scalar_type() && same_layout(outs[d], outs[0]),
+                      "outs must be alike and dense in memory, got ", outs[0].sizes(), " ", outs[0].strides(),
+                      " and ", outs[d].sizes(), " ", outs[d].strides());
+  }
+}
+
+Tensor sink_op(at::TensorList outs, const Tensor& v) {
+  check_outputs(outs);
+  const DeviceScope device(outs[0].device());
+  return dispatch_activations(outs[0], "outs", [&]<class T>() {
+    check_tensor(v, "v", outs[0].device(), accumulator_of(outs[0]));
+    check_elements(v, "v", static_cast<int64_t>(outs.size()));
+    Tensor sum = at::empty_like(outs[0]);
+    sink<T>(sink_outputs<T>(outs), v.const_data_ptr<Acc<T>>(), static_cast<T*>(sum.mutable_data_ptr()),
+            sum.numel(), device.stream());
+    device.check_launches();
+    return sum;
+  });
+}
+
+Tensor sink_dots_op(at::TensorList outs, const Tensor& dout) {
+  check_outputs(outs);
+  TORCH_CHECK_VALUE(dout.device() == outs[0].device() && dout.scalar_type() == outs[0].scalar_type() &&
+                        same_layout(dout, outs[0]),
+                    "dout must be as outs: ", outs[0].sizes(), " ", outs[0].strides(), ", got ", dout.sizes(),
+                    " ", dout.strides());
+  const DeviceScope device(outs[0].device());
+  return dispatch_activations(outs[0], "outs", [&]<class T>() {
+    const auto depth = static_cast<int64_t>(outs.size());
+    const auto options = dout.options().dtype(accumulator_of(dout));
+    Tensor dv = at::empty({depth}, options), parts = at::empty({kDotBlocks * depth}, options);
+    sink_dots<T>(sink_outputs<T>(outs), static_cast<const T*>(dout.const_data_ptr()),
+                 parts.mutable_data_ptr<Acc<T>>(), dv.mutable_data_ptr<Acc<T>>(), dout.numel(),
+                 device.stream());
+    device.check_launches();
+    return dv;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_op(const Tensor& logits, const Tensor& labels) {
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.numel() > 0, "logits must be a non-empty [N, classes], got ",
+                    logits.sizes());
+  check_tensor(labels, "labels", logits.device(), at::kLong);
+  TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == logits.size(0), "labels must be [", logits.size(0),
+                    "], got ", labels.sizes());
+  const DeviceScope device(logits.device());
+  return dispatch_weights(logits, "logits", [&]<class A>() {
+    check_tensor(logits, "logits", logits.device(), logits.scalar_type());
+    const int rows = static_cast<int>(logits.size(0)), classes = static_cast<int>(logits.size(1));
+    Tensor dlogits = at::empty_like(logits), loss = at::empty({}, logits.options()),
+           correct = at::empty({}, labels.options());
+    Tensor row_losses = at::empty({rows}, logits.options().dtype(at::kDouble)),
+           row_correct = at::empty({rows}, logits.options().dtype(at::kInt));
+    cross_entropy(logits.const_data_ptr<A>(), labels.const_data_ptr<int64_t>(), rows, classes,
+                  dlogits.mutable_data_ptr<A>(), loss.mutable_data_ptr<A>(),
+                  correct.mutable_data_ptr<int64_t>(), row_losses.mutable_data_ptr<double>(),
+                  row_correct.mutable_data_ptr<int>(), device.stream());
+    device.check_launches();
+    return std::make_tuple(loss, correct, dlogits);
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tfnas, TFNAS_DEVICE_KEY, m) {
   m.impl("_gradient_norm", &gradient_norm_op);
   m.impl("_clipped_sgd", &clipped_sgd_op);
   m.impl("_adam_step", &adam_step_op);
+  m.impl("_sink", &sink_op);
+  m.impl("_sink_dots", &sink_dots_op);
+  m.impl("_cross_entropy", &cross_entropy_op);
 }
 
 }  // namespace tfnas::cuda

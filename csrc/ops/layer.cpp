@@ -32,4 +32,8 @@ TORCH_LIBRARY_FRAGMENT(tfnas, m) {
       "Tensor beta_mask, Tensor(c!) steps, float lr, float beta1, float beta2, float weight_decay, float "
       "eps, float "
       "max_norm) -> Tensor norm");
+  // The sink of a stage: the sum of `outs` weighed by v [at least as many], and <dout, out> of each.
+  m.def("_sink(Tensor[] outs, Tensor v) -> Tensor");
+  m.def("_sink_dots(Tensor[] outs, Tensor dout) -> Tensor");
+  m.def("_cross_entropy(Tensor logits, Tensor labels) -> (Tensor loss, Tensor correct, Tensor dlogits)");
 }

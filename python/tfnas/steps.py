@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from tfnas_ext.losses import cross_entropy
 
 from .architecture_adam import ArchitectureAdam
 from .processes import ALONE, Processes
@@ -64,11 +65,12 @@ def weight_step(
             them, by one all-reduce, before they are clipped. Batch norms are each process's own.
     """
     logits = supernet.forward_paths(images, choices)
-    losses = torch.stack([F.cross_entropy(path, labels) for path in logits])
+    fused = supernet.engine.capturable
+    each = [cross_entropy(path, labels, fused=fused) for path in logits]
+    losses, correct = (torch.stack(values) for values in zip(*each, strict=True))
     dense = supernet.dense_parameters()
     grads = torch.autograd.grad(losses.sum(), dense)
     losses = losses.detach()
-    correct = torch.stack([_correct(path, labels) for path in logits])
     count = torch.full_like(correct[0], len(labels))
     if processes.world_size > 1:
         processes.reduce_([*grads, *supernet.engine.gradient_buffers(), losses], [correct, count])
@@ -103,21 +105,17 @@ def architecture_step(
     """
     v = supernet.depth_weights()
     logits = supernet.forward_mixture(images, u, v)
-    cross_entropy = F.cross_entropy(logits, labels)
+    loss, correct = cross_entropy(logits, labels, fused=supernet.engine.capturable)
     latency = latency_term(u, v)
     parameters = supernet.architecture_parameters()
-    grads = torch.autograd.grad(cross_entropy + latency, parameters, allow_unused=True, materialize_grads=True)
-    cross_entropy, correct = cross_entropy.detach(), _correct(logits, labels)
-    processes.reduce_([*grads, cross_entropy], [correct])
+    grads = torch.autograd.grad(loss + latency, parameters, allow_unused=True, materialize_grads=True)
+    loss = loss.detach()
+    processes.reduce_([*grads, loss], [correct])
     norm = optimizer.step_(grads, max_norm)
-    return ArchitectureStep(cross_entropy, latency.detach(), correct, norm)
+    return ArchitectureStep(loss, latency.detach(), correct, norm)
 
 
 @torch.no_grad()
 def evaluation_step(supernet: Supernet, images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
     """Right answers, int64 [P], of the networks that `choices` [P, L] names; nothing changes."""
-    return torch.stack([_correct(path, labels) for path in supernet.forward_paths(images, choices)])
-
-
-def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.detach().argmax(1) == labels).sum()
+    return torch.stack([(path.argmax(1) == labels).sum() for path in supernet.forward_paths(images, choices)])
