@@ -4,7 +4,8 @@
 #
 #     benchmarks/gpu_check.sh [--dry-run]
 #
-# Writes benchmarks/results/<gpu>/<date>.json.
+# Writes benchmarks/results/<gpu>/<date>-{step,kernels,data}.json. Where a check fails the rest still runs; the exit
+# status is then 1.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry=${1:-}
@@ -12,11 +13,13 @@ dry=${1:-}
 export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}
 python=${PYTHON:-python3}
 step=0
+failed=()
 
-run() { # run "what it shows" command...
+run() { # run seconds "what it shows" command...
   step=$((step + 1))
-  printf '\n== %d. %s\n   %s\n' "$step" "$1" "${*:2}"
-  [ -n "$dry" ] || "${@:2}"
+  printf '\n== %d. %s (at most %d s)\n   %s\n' "$step" "$2" "$1" "${*:3}"
+  [ -z "$dry" ] || return 0
+  timeout "$1" "${@:3}" || failed+=("$step. $2")
 }
 
 if [ -z "$dry" ]; then
@@ -26,19 +29,31 @@ if [ -z "$dry" ]; then
 else
   results=benchmarks/results/GPU
 fi
-out=$results/$(date +%Y-%m-%d).json
+out=$results/$(date +%Y-%m-%d)
 
-run "the native module compiles for this GPU" env TFNAS_CUDA=1 "$python" setup.py build_ext --inplace
-run "what can run here" "$python" -m tfnas info
-run "engine, sampler, timers and data on the device" \
-  "$python" -m pytest -q tests/test_engine_gpu.py tests/test_sampling.py tests/test_timing_cuda.py tests/test_data_cuda.py
+run 210 "the native module compiles for this GPU" env TFNAS_CUDA=1 "$python" setup.py build_ext --inplace
+[ ${#failed[@]} -eq 0 ] || { echo "nothing else can run"; exit 1; }
+run 20 "what can run here" "$python" -m tfnas info
+run 90 "engine, captured steps, sampler, timers and data on the device; fp64, fp32, tf32, bf16" "$python" -m pytest -q \
+  tests/test_engine_gpu.py tests/test_sampling.py tests/test_timing_cuda.py tests/test_data_cuda.py
 if command -v compute-sanitizer > /dev/null || [ -n "$dry" ]; then
   for tool in memcheck racecheck synccheck; do
-    run "$tool finds nothing" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$python" -m pytest -q -x tests/test_engine_gpu.py -k "plain_pytorch and (0 or 1)"
+    run 40 "$tool finds nothing" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$python" -m pytest -q -x tests/test_engine_gpu.py -k "fp32-0 or tf32-0 or bf16-0"
   done
 else
   echo "compute-sanitizer is not on PATH: memory and race checks were left out"
+  failed+=("compute-sanitizer")
 fi
-run "steps against plain PyTorch" "$python" benchmarks/gpu_step.py --samples 10 --json "$out"
-[ -n "$dry" ] || echo "wrote $out"
+run 60 "steps against plain PyTorch; launches, waits, memory; another timer" \
+  "$python" benchmarks/gpu_step.py --samples 10 --json "$out-step.json"
+run 60 "each kernel against the bytes that it must move" \
+  "$python" benchmarks/gpu_kernels.py --samples 5 --json "$out-kernels.json"
+run 30 "images per second of the data layer" \
+  "$python" benchmarks/data_loading.py --device cuda --workers 0 --seconds 2 --output "$out-data.json"
+if [ ${#failed[@]} -gt 0 ]; then
+  printf '\nfailed: %s' "${failed[@]}"
+  echo
+  exit 1
+fi
+[ -n "$dry" ] || echo "wrote $out-step.json, $out-kernels.json, $out-data.json"

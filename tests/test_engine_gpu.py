@@ -72,6 +72,7 @@ def error(got: list[Tensor], want: list[Tensor]) -> list[float]:
         (torch.float32, "high"),
         (torch.bfloat16, "high"),
     ],
+    ids=["fp64", "fp32", "tf32", "bf16"],
 )
 def test_against_plain_pytorch(dtype: torch.dtype, precision: str, seed: int) -> None:
     """Error against float64 at most twice that of plain PyTorch at the same precision, plus a floor."""

@@ -1,0 +1,74 @@
+"""What the GPU check and its benchmarks say and compute without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from naive_supernet import tiny_space
+from tfnas.supernet import Supernet
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "kernels").glob("*.cuh")))
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module(name)
+
+
+def test_dry_run_lists_what_would_run() -> None:
+    done = subprocess.run(["benchmarks/gpu_check.sh", "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in (
+        "build_ext",
+        "test_engine_gpu.py",
+        "memcheck",
+        "racecheck",
+        "synccheck",
+        "gpu_step.py",
+        "gpu_kernels.py",
+    ):
+        assert word in done.stdout
+    for path in re.findall(r"(?:tests|benchmarks)/\w+\.py", done.stdout):
+        assert (ROOT / path).exists(), path
+    limits = [int(seconds) for seconds in re.findall(r"at most (\d+) s", done.stdout)]
+    assert len(limits) == 9
+    assert sum(limits) <= 600
+    assert subprocess.run(["benchmarks/gpu_check.sh", "--nonsense"], cwd=ROOT, capture_output=True).returncode == 2
+
+
+def test_the_sanitizers_selection_has_a_test() -> None:
+    selection = re.search(r'-k "([^"]+)"', (ROOT / "benchmarks" / "gpu_check.sh").read_text())
+    assert selection is not None
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_engine_gpu.py", "-k", selection[1]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "test_against_plain_pytorch" in done.stdout, done.stdout
+
+
+def test_every_floor_is_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = benchmark("gpu_kernels", monkeypatch)
+    for pattern in kernels.FLOORS:
+        name = re.split("[<]", pattern)[0]
+        assert re.search(rf"\b{name}\(", KERNELS), pattern
+    name = "void tfnas::cuda::project_backward<float, (tfnas::cuda::Math)1, 4, (tfnas::cuda::DzMode)1>(Args<float>)"
+    assert kernels.floor_of(name) == "project_backward<.*1>"
+    assert kernels.floor_of("void tfnas::cuda::finish_stats<float>(float*)") is None
+    sizes = kernels.LayerBytes(x=1, out=10, wide_in=100, wide_out=1000, y3=10000, parts=100000)
+    assert kernels.FLOORS["depthwise_backward"](sizes) == 2101
+
+
+def test_benchmarked_steps_compute_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    supernet = Supernet(tiny_space(), "reference")
+    images, labels = torch.randn(2, 3, 9, 9), torch.randint(0, 5, (2,))
+    steps = benchmark("gpu_step", monkeypatch).make_steps(supernet, images, labels, seed=1)
+    for step in steps.values():
+        assert math.isfinite(float(step()))
