@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfnas_ext import ops, reference
 from tfnas_ext.reference import ACTIVATIONS, GATES, Norm, SqueezeExcite
 
 
@@ -127,11 +128,28 @@ def run(function: Callable[..., Any], block: Block, **more: Any) -> dict[str, Te
 def max_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> Iterator[tuple[str, float]]:
     """Largest difference of each result, relative to the largest value."""
     assert got.keys() == want.keys()
-    for name, reference in want.items():
-        assert got[name].shape == reference.shape, name
-        scale = reference.abs().max().clamp_min(1e-3)
-        yield name, ((got[name].double() - reference).abs().max() / scale).item()
+    for name, exact in want.items():
+        assert got[name].shape == exact.shape, name
+        scale = exact.abs().max().clamp_min(1e-3)
+        yield name, ((got[name].double() - exact).abs().max() / scale).item()
 
 
 def norm_error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm().clamp_min(1e-3)).item()
+
+
+def bfloat16_excess(case: BlockCase) -> Iterator[tuple[str, float]]:
+    """Our error of each result over what the 2x rule allows it, for bfloat16 inputs and weights: below 1 it holds."""
+    low = make_block(case).to(torch.bfloat16)
+    want = run(reference.mbinvres_with_statistics, low.to(torch.float64))
+    eager = run(reference.mbinvres_with_statistics, low)
+    got = run(ops.mbinvres_with_statistics, low, backend="cpu", design=case.design)
+    for name, exact in want.items():
+        assert got[name].dtype == eager[name].dtype, name
+        yield name, norm_error(got[name], exact) / (2 * norm_error(eager[name], exact) + 2e-3)
+
+
+def running(channels: int, generator: torch.Generator) -> Norm:
+    """A batch norm with random affine part and running statistics, float64."""
+    draw = [torch.randn(channels, dtype=torch.float64, generator=generator) for _ in range(4)]
+    return Norm(draw[0], draw[1], draw[2], draw[3].abs() + 0.5)

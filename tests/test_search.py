@@ -59,6 +59,20 @@ class Recorder(Callback):
         self.closed += 1
 
 
+def test_bfloat16_losses_follow_float32(tmp_path: Path) -> None:
+    """The same tiny search in both precisions: the loss of every line of metrics within 3 %."""
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        (tmp_path / precision).mkdir()
+        config = tiny_config(tmp_path / precision, precision=precision, engine="auto", elasticity_scaling=False)
+        assert search(config).met
+        records = read_metrics(tmp_path / precision / "run" / "metrics.jsonl")
+        losses[precision] = [record["loss"] for record in records if "loss" in record]
+    assert len(losses["float32"]) > 2
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+
+
 def test_end_to_end(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     recorder = Recorder()

@@ -46,8 +46,8 @@ class _Tape(NamedTuple):
 class NativeEngine:
     """All layers and sinks in one native call each way; same numbers as `ReferenceEngine` up to rounding.
 
-    bfloat16 activations are computed in float32 and come back as bfloat16. Memory for tapes and scratch is kept and
-    used again. At a fixed number of threads the same inputs give the same bits.
+    bfloat16 activations stay bfloat16 in memory; sums, statistics, weights and their gradients are float32. Memory for
+    tapes and scratch is kept and used again. At a fixed number of threads the same inputs give the same bits.
     """
 
     name = "native"
@@ -178,8 +178,9 @@ class NativeEngine:
         return self._native.widths()[layer][candidate]
 
     def _enter(self, tensor: Tensor) -> Tensor:
-        """In the weights' type, channels_last."""
-        return tensor.detach().to(self._dtype, memory_format=torch.channels_last)
+        """channels_last; in the weights' type, or bfloat16 beside float32 weights."""
+        mixed = tensor.dtype == torch.bfloat16 and self._dtype == torch.float32
+        return tensor.detach().to(tensor.dtype if mixed else self._dtype, memory_format=torch.channels_last)
 
 
 def _is_dense(tensor: Tensor) -> bool:

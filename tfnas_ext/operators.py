@@ -26,23 +26,31 @@ _LANES = 16  # channels of a plane of the CPU kernels
 _CHANNELS_DESIGN_PIXELS = 4000  # choose_design in csrc/cpu/mbinvres.cpp
 
 
-def saved_size(
+def saved_bytes(
     x: Tensor, conv_pw: Tensor | None, conv_pwl: Tensor, se_channels: int, stride: int, width: int, design: str
 ) -> int:
-    """Elements of `saved`: make_plan of csrc/cpu/mbinvres_plan.h for one candidate, in terms a SymInt goes through."""
+    """Size of `saved`: make_plan of csrc/cpu/mbinvres_plan.h for one candidate, in terms a SymInt goes through."""
     batch, in_channels, height, columns = x.shape
     pixels, out_pixels = batch * height * columns, batch * _out_size(height, stride) * _out_size(columns, stride)
     cin, cout, padded = (_round_up(c, m) for c, m in ((in_channels, 8), (conv_pwl.shape[0], 8), (width, _LANES)))
-    parts = [padded * out_pixels, *[padded] * (4 if conv_pw is None else 8), out_pixels * cout, *[cout] * 4]
+    elements = [padded * out_pixels]
+    sums = [*[padded] * (4 if conv_pw is None else 8), out_pixels * cout, *[cout] * 4]
     if conv_pw is not None:
         # 1 where the design is "channels", else 0; arithmetic, since a branch would bind a compiled graph to one side
         small: Any = (
             torch.sym_min(1, _CHANNELS_DESIGN_PIXELS // pixels) if design == "auto" else int(design == "channels")
         )
-        parts += [small * padded * pixels, *((1 - small) * part for part in (cin, cin * cin, padded * cin))]
+        elements.append(small * padded * pixels)
+        sums += [(1 - small) * cin, (1 - small) * cin * cin]
     if se_channels:
-        parts += [batch * padded] * 2 + [batch * _round_up(se_channels, _LANES)] * 2
-    return sum(_round_up(part, 16) for part in parts)
+        sums += [batch * padded] * 2 + [batch * _round_up(se_channels, _LANES)] * 2
+    sizes = [x.dtype.itemsize * size for size in elements] + [_sum_dtype(x).itemsize * size for size in sums]
+    return sum(_round_up(size, 64) for size in sizes)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """What sums and statistics of a block are kept in."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -72,8 +80,9 @@ def _fake_mbinvres(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     (conv_pw, _, conv_pwl, se_reduce_weight), (stride, _, _, width, _, *design) = args[:4], args[WEIGHTS:]
     se_channels = 0 if se_reduce_weight is None else se_reduce_weight.shape[0]
     statistics = (2 if conv_pw is None else 4) * width + 2 * conv_pwl.shape[0]
-    saved = saved_size(x, conv_pw, conv_pwl, se_channels, stride, width, *design[:1] or ("auto",))
-    return _fake_out(x, conv_pwl, stride), x.new_empty(statistics), x.new_empty(saved)
+    saved = saved_bytes(x, conv_pw, conv_pwl, se_channels, stride, width, *design[:1] or ("auto",))
+    out = _fake_out(x, conv_pwl, stride)
+    return out, x.new_empty(statistics, dtype=_sum_dtype(x)), x.new_empty(saved, dtype=torch.uint8)
 
 
 def _fake_backward(dout: Tensor, x: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor | None, ...]:

@@ -2,7 +2,8 @@
 
 `mbinvres` and `mbinvres_with_statistics` take what their namesakes in `tfnas_ext.reference` take and give the same
 numbers up to rounding. Statistics and sums are accumulated in float64 from short float32 sums; at a fixed number of
-threads results are the same bits every time. Gradients are differentiable once.
+threads results are the same bits every time. Gradients are differentiable once. bfloat16 activations go with weights
+in bfloat16 or float32; each weight's gradient has its type, products and sums are float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tfnas_ext.operators import AUTOCAST_DTYPE
 from tfnas_ext.reference import BatchStatistics, Norm, SqueezeExcite
 
 DESIGNS = ("auto", "strips", "channels")
-NATIVE_DTYPES = (torch.float32, torch.float64)
+NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def mbinvres(
@@ -51,8 +52,8 @@ def mbinvres(
         design: how the CPU kernels walk the block: "strips", "channels", or "auto", the measured rule. For tests.
 
     The rest and the errors are those of `reference.mbinvres`. Without a backend named, what native kernels do not do is
-    done by the reference: other types than float32 and float64, kernels other than 3, 5 and 7, gradients through
-    running statistics (`training` false), running statistics in some of the norms only, and what `torch.func`
+    done by the reference: other types than float32, float64 and bfloat16, kernels other than 3, 5 and 7, gradients
+    through running statistics (`training` false), running statistics in some of the norms only, and what `torch.func`
     transforms (`grad`, `vmap`, `jvp`). Under autocast the kernels run in float32 and the result is float32.
     """
     norms = (bn1, bn2, bn3) if conv_pw is not None else (bn2, bn3)
@@ -148,8 +149,9 @@ def _runs_native(x: Tensor, weights: Sequence[Tensor | None], backend: str | Non
     fits = fits and not _transformed([x, *weights])
     if backend is not None and not fits:
         raise ValueError(
-            f"backend={backend!r} runs float32 and float64, kernels 3, 5 and 7, running statistics in all norms "
-            f"without gradients, and no torch.func transforms; got {x.dtype}, conv_dw of shape {list(conv_dw.shape)}. "
+            f"backend={backend!r} runs float32, float64 and bfloat16, kernels 3, 5 and 7, running statistics in all "
+            f"norms without gradients, and no torch.func transforms; got {x.dtype}, conv_dw of shape "
+            f"{list(conv_dw.shape)}. Use backend='reference'."
             "Use backend='reference'."
         )
     return fits

@@ -99,8 +99,8 @@ def mbinvres(
     """The block of the module's docstring, for `x` [N, Cin, H, W] -> [N, Cout, ceil(H / stride), ceil(W / stride)].
 
     Args:
-        x: any floating point type and memory format; weights have its type and device (batch norm tensors may be
-            float32 where `x` is bfloat16 or float16).
+        x: any floating point type and memory format; weights have its type and device (or are float32 where `x` is
+            bfloat16 or float16: then they are rounded, batch norm tensors aside).
         conv_pw: expand weights [E, Cin, 1, 1], or None for no expansion (then E = Cin).
         conv_dw: depthwise weights [E, 1, k, k], k odd.
         conv_pwl: project weights [Cout, E, 1, 1].
@@ -128,6 +128,10 @@ def mbinvres(
         conv_pw, conv_dw, conv_pwl = conv_pw[:width], conv_dw[:width], conv_pwl[:, :width]
         bn1, bn2 = _narrow_norm(bn1, width), _narrow_norm(bn2, width)
         se = None if se is None else _narrow_se(se, width)
+    if x.dtype.itemsize == 2:
+        conv_pw = None if conv_pw is None else conv_pw.to(x.dtype)
+        conv_dw, conv_pwl = conv_dw.to(x.dtype), conv_pwl.to(x.dtype)
+        se = None if se is None else SqueezeExcite(*(w.to(x.dtype) for w in se))
     activation = ACTIVATIONS[act]
     seen = [] if convolved is None else convolved
     a1 = x

@@ -41,6 +41,11 @@ CpuCapability cpu_capability();
   (::tfnas::cpu_capability() >= ::tfnas::CpuCapability::avx512 ? ::tfnas::avx512::table \
    : ::tfnas::cpu_capability() == ::tfnas::CpuCapability::avx2 ? ::tfnas::avx2::table   \
                                                                : ::tfnas::generic::table)
+// For a file that is compiled for avx512_bf16 too.
+#define TFNAS_PICK_ISA_WITH_BF16(table)                                                           \
+  (::tfnas::cpu_capability() == ::tfnas::CpuCapability::avx512_bf16 ? ::tfnas::avx512_bf16::table \
+                                                                    : TFNAS_PICK_ISA(table))
 #else
 #define TFNAS_PICK_ISA(table) (::tfnas::generic::table)
+#define TFNAS_PICK_ISA_WITH_BF16(table) (::tfnas::generic::table)
 #endif

@@ -8,25 +8,46 @@
 
 namespace tfnas {
 
+#define TFNAS_TABLES(isa)                                   \
+  namespace isa {                                           \
+  extern const LayerKernels<float> layer_kernels;           \
+  extern const VectorKernels<float> vector_kernels;         \
+  extern const LayerKernels<BFloat16> layer_kernels_bf16;   \
+  extern const VectorKernels<BFloat16> vector_kernels_bf16; \
+  }
+TFNAS_TABLES(generic)
+TFNAS_TABLES(avx2)
+TFNAS_TABLES(avx512)
+TFNAS_TABLES(avx512_bf16)
 namespace generic {
-extern const LayerKernels<float> layer_kernels;
-extern const VectorKernels<float> vector_kernels;
 extern const LayerKernels<double> layer_kernels_double;
 extern const VectorKernels<double> vector_kernels_double;
 }  // namespace generic
-namespace avx2 {
-extern const LayerKernels<float> layer_kernels;
-extern const VectorKernels<float> vector_kernels;
-}  // namespace avx2
-namespace avx512 {
-extern const LayerKernels<float> layer_kernels;
-extern const VectorKernels<float> vector_kernels;
-}  // namespace avx512
 
-const LayerKernels<float>& float_kernels() { return TFNAS_PICK_ISA(layer_kernels); }
-const LayerKernels<double>& double_kernels() { return generic::layer_kernels_double; }
-const VectorKernels<float>& float_vector_kernels() { return TFNAS_PICK_ISA(vector_kernels); }
-const VectorKernels<double>& double_vector_kernels() { return generic::vector_kernels_double; }
+template <>
+const LayerKernels<float>& layer_kernels_of<float>() {
+  return TFNAS_PICK_ISA(layer_kernels);
+}
+template <>
+const LayerKernels<double>& layer_kernels_of<double>() {
+  return generic::layer_kernels_double;
+}
+template <>
+const LayerKernels<BFloat16>& layer_kernels_of<BFloat16>() {
+  return TFNAS_PICK_ISA_WITH_BF16(layer_kernels_bf16);
+}
+template <>
+const VectorKernels<float>& vector_kernels_of<float>() {
+  return TFNAS_PICK_ISA(vector_kernels);
+}
+template <>
+const VectorKernels<double>& vector_kernels_of<double>() {
+  return generic::vector_kernels_double;
+}
+template <>
+const VectorKernels<BFloat16>& vector_kernels_of<BFloat16>() {
+  return TFNAS_PICK_ISA_WITH_BF16(vector_kernels_bf16);
+}
 
 Act parse_act(std::string_view name, std::string_view argument) {
   if (name == "relu") return Act::relu;

@@ -9,12 +9,31 @@
 // Activations are channels last, [batch, height, width, channels]. Batch norms use the batch's statistics
 // (forward, backward) or given ones (inference). Results do not depend on the instruction set or design
 // beyond rounding; at a fixed number of threads they are the same bits every time.
+//
+// Activations and the wide tensors are stored as Element; weights, statistics, sums and gradients of weights
+// are Compute<Element>: bfloat16 tensors are computed in float.
 #pragma once
 
 #include <cstdint>
 #include <string_view>
 
 namespace tfnas {
+
+// A number that is stored only: the upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class Element>
+struct ComputeOf {
+  using Type = Element;
+};
+template <>
+struct ComputeOf<BFloat16> {
+  using Type = float;
+};
+template <class Element>
+using Compute = typename ComputeOf<Element>::Type;
 
 enum class Act : int { relu = 0, relu6 = 1, swish = 2, hard_swish = 3, identity = 4 };
 
@@ -105,59 +124,40 @@ struct BatchStatistics {
   T *mean1 = nullptr, *var1 = nullptr, *mean2 = nullptr, *var2 = nullptr, *mean3 = nullptr, *var3 = nullptr;
 };
 
-template <class T>
+template <class E>
 struct LayerKernels {
-  // Elements that forward writes to `saved` and backward reads: x is not among them.
-  int64_t (*saved_size)(const Layer<T>& layer);
+  using T = Compute<E>;
+  // Bytes that forward writes to `saved` (64-byte aligned) and backward reads: x is not among them.
+  int64_t (*saved_bytes)(const Layer<T>& layer);
   // x [batch, height, width, in_channels] -> out [batch, ceil(height / stride), ceil(width / stride),
   // out_channels]
-  void (*forward)(const Layer<T>& layer, const T* x, T* out, T* saved, const BatchStatistics<T>& statistics,
-                  const Threads& threads);
+  void (*forward)(const Layer<T>& layer, const E* x, E* out, void* saved,
+                  const BatchStatistics<T>& statistics, const Threads& threads);
   // dx and dmix [count] may be null; `gradients` [count] is null where no weight needs one.
-  void (*backward)(const Layer<T>& layer, const T* x, const T* saved, const T* dout, T* dx, T* dmix,
+  void (*backward)(const Layer<T>& layer, const E* x, const void* saved, const E* dout, E* dx, T* dmix,
                    const CandidateGradient<T>* gradients, const Threads& threads);
   // One candidate with the norms' given statistics.
-  void (*inference)(const Layer<T>& layer, const T* x, T* out, const Threads& threads);
+  void (*inference)(const Layer<T>& layer, const E* x, E* out, const Threads& threads);
 };
 
 // Elementwise work of a supernet's body and of its optimizer, in the same instruction sets.
-template <class T>
+template <class E>
 struct VectorKernels {
+  using T = Compute<E>;
   // out = sum_i weights[i] * inputs[i]; `out` may be one of the inputs
-  void (*combine)(const T* const* inputs, const T* weights, int count, int64_t size, T* out,
+  void (*combine)(const E* const* inputs, const T* weights, int count, int64_t size, E* out,
                   const Threads& threads);
   // sum of a[i] * b[i]
-  double (*inner_product)(const T* a, const T* b, int64_t size, const Threads& threads);
+  double (*inner_product)(const E* a, const E* b, int64_t size, const Threads& threads);
   // One step of SGD: g = scale * gradient + decay * w; buffer = momentum * buffer + g; w -= rate * buffer
   void (*sgd)(T* w, T* buffer, const T* gradient, int64_t size, T scale, T decay, T momentum, T rate);
 };
 
-// One table per instruction set, chosen once (see capability.h).
-const LayerKernels<float>& float_kernels();
-const LayerKernels<double>& double_kernels();
-const VectorKernels<float>& float_vector_kernels();
-const VectorKernels<double>& double_vector_kernels();
-
-template <class T>
-const LayerKernels<T>& layer_kernels_of();
-template <>
-inline const LayerKernels<float>& layer_kernels_of<float>() {
-  return float_kernels();
-}
-template <>
-inline const LayerKernels<double>& layer_kernels_of<double>() {
-  return double_kernels();
-}
-template <class T>
-const VectorKernels<T>& vector_kernels_of();
-template <>
-inline const VectorKernels<float>& vector_kernels_of<float>() {
-  return float_vector_kernels();
-}
-template <>
-inline const VectorKernels<double>& vector_kernels_of<double>() {
-  return double_vector_kernels();
-}
+// One table per element and instruction set, chosen once (see capability.h): float, double, BFloat16.
+template <class E>
+const LayerKernels<E>& layer_kernels_of();
+template <class E>
+const VectorKernels<E>& vector_kernels_of();
 
 // The rule which design a layer of `pixels` = batch * height * width input pixels takes.
 Design choose_design(int64_t pixels);

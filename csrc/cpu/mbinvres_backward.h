@@ -12,21 +12,22 @@ namespace tfnas::TFNAS_ISA {
 constexpr int kGateSums = 5;
 
 // dz = W3^T dy3 of a block of pixels; `wide` becomes dh2 (with SE: dz), `tile` z; sums for BN2 or SE.
-template <class T>
-inline void backward_project_block(const Geometry& g, const CandidatePlan<T>& c,
-                                   const CandidateBackward<T>& b, Chunk chunk, int64_t m0, int64_t count,
-                                   int64_t n, const T* project, T* dz, T* tile, double* sum_g, double* sum_gh,
-                                   T* gate_sums) {
-  expand_tile<T>(chunk.planes, count, b.dy3 + m0 * g.co, g.co, g.out_channels, project, g.co * kLanes, dz,
+template <class E>
+inline void backward_project_block(const Geometry& g, const CandidatePlan<E>& c,
+                                   const CandidateBackward<E>& b, Chunk chunk, int64_t m0, int64_t count,
+                                   int64_t n, const Packed<E>* project, Compute<E>* dz, E* tile,
+                                   double* sum_g, double* sum_gh, Compute<E>* gate_sums) {
+  using T = Compute<E>;
+  expand_tile<E>(chunk.planes, count, b.dy3 + m0 * g.co, g.co, g.out_channels, project, g.co * kLanes, dz,
                  kBlock * kLanes);
   with_act(g.act, [&](auto act) {
     constexpr Act A = decltype(act)::value;
     for (int v = 0; v < chunk.planes; ++v) {
       const int64_t plane = chunk.plane + v, channel = plane * kLanes;
       const T* in = dz + v * kBlock * kLanes;
-      const T* y2 = c.y2 + (plane * g.m2 + m0) * kLanes;
-      T* wide = b.wide + (plane * g.m2 + m0) * kLanes;
-      T* z = tile + v * kBlock * kLanes;
+      const E* y2 = c.y2 + (plane * g.m2 + m0) * kLanes;
+      E* wide = b.wide + (plane * g.m2 + m0) * kLanes;
+      E* z = tile + v * kBlock * kLanes;
       const auto mean = load(c.mean2 + channel), bias = load(c.bias2 + channel),
                  scale = mul(load(c.gain2 + channel), load(c.rstd2 + channel));
       if (!c.gate) {
@@ -72,10 +73,11 @@ inline void backward_project_block(const Geometry& g, const CandidatePlan<T>& c,
 }
 
 // From sum(dh2) and sum(dh2 (y2 - mean)) of channels [begin, end): BN2's backward and its affine gradients.
-template <class T>
-inline void close_norm2(const Geometry& g, const CandidatePlan<T>& c, const CandidateBackward<T>& b,
+template <class E>
+inline void close_norm2(const Geometry& g, const CandidatePlan<E>& c, const CandidateBackward<E>& b,
                         const double* sum_g, const double* sum_gh, int64_t begin, int64_t end,
-                        const CandidateGradient<T>* gradient) {
+                        const CandidateGradient<Compute<E>>* gradient) {
+  using T = Compute<E>;
   for (int64_t i = begin; i < end; ++i) {
     b.mean_g[i] = static_cast<T>(sum_g[i] / g.m2);
     b.mean_gh[i] = static_cast<T>(sum_gh[i] / g.m2 * c.rstd2[i] * c.rstd2[i]);
@@ -86,8 +88,9 @@ inline void close_norm2(const Geometry& g, const CandidatePlan<T>& c, const Cand
 }
 
 // Depthwise sums [planes][taps][16] to the caller's gradient.
-template <class T>
-inline void unpack_depthwise(const CandidatePlan<T>& c, const T* sums, int64_t plane, Weight<T> out) {
+template <class E>
+inline void unpack_depthwise(const CandidatePlan<E>& c, const Compute<E>* sums, int64_t plane,
+                             Weight<Compute<E>> out) {
   const int64_t taps = c.kernel * c.kernel, lanes = minimum(kLanes, c.width - plane * kLanes);
   for (int64_t i = 0; i < lanes; ++i)
     for (int64_t t = 0; t < taps; ++t)
@@ -95,10 +98,11 @@ inline void unpack_depthwise(const CandidatePlan<T>& c, const T* sums, int64_t p
 }
 
 // Channels: from dh2 to dx for one chunk and the whole batch; `dx` is the thread's partial sum [m][ci].
-template <class T>
-inline void backward_channels(const LayerPlan<T>& plan, const CandidatePlan<T>& c,
-                              const CandidateBackward<T>& b, Chunk chunk, T* dx, bool accumulate,
-                              const CandidateGradient<T>* gradient) {
+template <class E>
+inline void backward_channels(const LayerPlan<E>& plan, const CandidatePlan<E>& c,
+                              const CandidateBackward<E>& b, Chunk chunk, Compute<E>* dx, bool accumulate,
+                              const CandidateGradient<Compute<E>>* gradient) {
+  using T = Compute<E>;
   const Geometry& g = plan.g;
   Scratch scratch;
   const int64_t taps = c.kernel * c.kernel, channel = chunk.plane * kLanes;
@@ -111,7 +115,7 @@ inline void backward_channels(const LayerPlan<T>& plan, const CandidatePlan<T>& 
   T* dh1 = scratch.take<T>(chunk.planes * g.m * kLanes);
   T* memory = scratch.take<T>(backward_memory<T>(g, c.kernel, g.height));
   for (int64_t n = 0; n < g.batch; ++n)
-    backward_image(plan, c, b, chunk, n, ChunkWeights<T>{nullptr, depthwise, flipped}, g.height, memory, sums,
+    backward_image(plan, c, b, chunk, n, ChunkWeights<E>{nullptr, depthwise, flipped}, g.height, memory, sums,
                    dh1, false);
   if (b.depthwise_wanted)
     for (int v = 0; v < chunk.planes; ++v)
@@ -121,27 +125,31 @@ inline void backward_channels(const LayerPlan<T>& plan, const CandidatePlan<T>& 
     if (gradient->bn_bias[0]) gradient->bn_bias[0][channel + i] = static_cast<T>(dh1_sums[0][i]);
   }
   if (!b.dx_wanted && !b.expand_wanted) return;
-  for (int v = 0; v < chunk.planes; ++v) {
-    T means[2][kLanes];
-    for (int64_t i = 0; i < kLanes; ++i)
-      for (int s = 0; s < 2; ++s) means[s][i] = static_cast<T>(dh1_sums[s][v * kLanes + i] / g.m);
-    const auto mean_g = load(means[0]), mean_gh = load(means[1]),
-               scale = mul(load(c.gain1 + channel + v * kLanes), load(c.rstd1 + channel + v * kLanes));
-    const T* h1 = c.h1 + (chunk.plane + v) * g.m * kLanes;
-    T* values = dh1 + v * g.m * kLanes;
-    for (int64_t m = 0; m < g.m * kLanes; m += kLanes)
-      store(values + m, mul(scale, sub(sub(load(values + m), mean_g), mul(load(h1 + m), mean_gh))));
-  }
+  T means[2][Blocking<T>::planes * kLanes];
+  for (int s = 0; s < 2; ++s)
+    for (int64_t i = 0; i < chunk.planes * kLanes; ++i) means[s][i] = static_cast<T>(dh1_sums[s][i] / g.m);
   T* weights = b.expand_wanted ? scratch.zeros<T>(chunk.planes * kLanes * g.ci) : nullptr;
+  E* dy1 = scratch.take<E>(chunk.planes * kBlock * kLanes);
   for (int64_t m0 = 0; m0 < g.m; m0 += kBlock) {
     const int64_t block = minimum(kBlock, g.m - m0);
-    if (weights)
-      outer_tile<T>(block, g.ci, dh1 + m0 * kLanes, g.m * kLanes, chunk.planes, b.x + m0 * g.ci, g.ci,
-                    weights, g.ci);
+    for (int v = 0; v < chunk.planes; ++v) {
+      const int64_t plane = chunk.plane + v, at = plane * kLanes;
+      const auto rstd = load(c.rstd1 + at), scale = mul(load(c.gain1 + at), rstd), mean = load(c.mean1 + at),
+                 mean_g = load(means[0] + v * kLanes), mean_gh = mul(load(means[1] + v * kLanes), rstd);
+      const E* y1 = c.y1 + (plane * g.m + m0) * kLanes;
+      const T* in = dh1 + (v * g.m + m0) * kLanes;
+      E* out = dy1 + v * kBlock * kLanes;
+      for (int64_t m = 0; m < block * kLanes; m += kLanes) {
+        const auto centred = sub(load(y1 + m), mean);
+        store(out + m, mul(scale, sub(sub(load(in + m), mean_g), mul(centred, mean_gh))));
+      }
+    }
     if (b.dx_wanted)
-      project_tile<T>(block, g.ci, dh1 + m0 * kLanes, g.m * kLanes,
-                      minimum(chunk.planes * kLanes, c.width - channel), b.rows + channel * g.ci, g.ci,
-                      dx + m0 * g.ci, g.ci, accumulate);
+      project_tile<E>(block, g.ci, dy1, kBlock * kLanes, minimum(chunk.planes * kLanes, c.width - channel),
+                      b.rows + channel * g.ci, g.ci, dx + m0 * g.ci, g.ci, accumulate);
+    if (!weights) continue;
+    pair_pixels(dy1, kBlock * kLanes, chunk.planes, block);
+    outer_tile<E>(block, g.ci, dy1, kBlock * kLanes, chunk.planes, b.x_pairs.at(0, m0), g.ci, weights, g.ci);
   }
   if (weights) {
     Weight<T> out = gradient->expand;
@@ -160,11 +168,12 @@ struct NarrowCorrection {
 
 // Strips: closes BN1 of a candidate from G = dh1^T x (`products` [padded][ci]) and the sums of dh1 and dh1
 // h1.
-template <class T>
-inline void close_norm1(const LayerPlan<T>& plan, const CandidatePlan<T>& c, const CandidateBackward<T>& b,
-                        T* products, const double* sum_g, const double* sum_gh,
-                        const NarrowCorrection<T>& correction, const CandidateGradient<T>* gradient,
-                        const Threads& threads) {
+template <class E>
+inline void close_norm1(const LayerPlan<E>& plan, const CandidatePlan<E>& c, const CandidateBackward<E>& b,
+                        Compute<E>* products, const double* sum_g, const double* sum_gh,
+                        const NarrowCorrection<Compute<E>>& correction,
+                        const CandidateGradient<Compute<E>>* gradient, const Threads& threads) {
+  using T = Compute<E>;
   const Geometry& g = plan.g;
   Scratch scratch;
   const int64_t size = g.ci * (g.ci + 1);
@@ -216,21 +225,23 @@ inline void close_norm1(const LayerPlan<T>& plan, const CandidatePlan<T>& c, con
 }
 
 // dx [m][in_channels] = sum of parts - offset - (x - mean) B + weight * residual.
-template <class T>
-inline void correct_dx(const LayerPlan<T>& plan, const NarrowCorrection<T>& correction, const T* x,
-                       const T* const* parts, int count, const T* residual, T weight, T* dx,
+template <class E>
+inline void correct_dx(const LayerPlan<E>& plan, const NarrowCorrection<Compute<E>>& correction, const E* x,
+                       const Compute<E>* const* parts, int count, const E* residual, Compute<E> weight, E* dx,
                        const Threads& threads) {
+  using T = Compute<E>;
   const Geometry& g = plan.g;
   Scratch scratch;
   const int64_t planes = (g.ci + kLanes - 1) / kLanes;
-  T* packed = scratch.zeros<T>(planes * g.ci * kLanes);
+  Packed<E>* packed = scratch.take<Packed<E>>(planes * g.ci * kLanes);
   T* offset = scratch.zeros<T>(planes * kLanes);
   for (int64_t i = 0; i < g.ci; ++i) offset[i] = correction.offset[i];
-  for (int64_t j = 0; j < g.ci; ++j) {
-    add_scaled(correction.matrix + j * g.ci, -plan.mean_x[j], g.ci, offset);
+  const Weight<const T> columns{correction.matrix, 1, g.ci};
+  for (int64_t plane = 0; plane < planes; ++plane)
+    pack_columns<E>(columns, g.ci, plane, g.ci, g.ci, packed + plane * g.ci * kLanes);
+  for (int64_t j = 0; j < g.ci; ++j)  // what meets the mean is what meets x: the matrix as packed
     for (int64_t i = 0; i < g.ci; ++i)
-      packed[(i / kLanes * g.ci + j) * kLanes + i % kLanes] = correction.matrix[j * g.ci + i];
-  }
+      offset[i] -= plan.mean_x[j] * to_compute(to_element<Packed<E>>(correction.matrix[j * g.ci + i]));
   parallel(threads, [&](int thread) {
     Scratch local;
     T* tile = local.take<T>(planes * kBlock * kLanes);
@@ -238,7 +249,7 @@ inline void correct_dx(const LayerPlan<T>& plan, const NarrowCorrection<T>& corr
     for (int64_t m0 = range.begin; m0 < range.end; m0 += kBlock) {
       const int64_t block = minimum(kBlock, range.end - m0);
       for_chunks<T>(0, planes, [&](Chunk chunk) {
-        expand_tile<T>(chunk.planes, block, x + m0 * g.ci, g.ci, g.in_channels,
+        expand_tile<E>(chunk.planes, block, x + m0 * g.ci, g.ci, g.in_channels,
                        packed + chunk.plane * g.ci * kLanes, g.ci * kLanes,
                        tile + chunk.plane * kBlock * kLanes, kBlock * kLanes);
       });
@@ -250,11 +261,11 @@ inline void correct_dx(const LayerPlan<T>& plan, const NarrowCorrection<T>& corr
           value = sub(value, load_half(offset + j));
           value = sub(value, load_half(tile + (j / kLanes * kBlock + m) * kLanes + j % kLanes));
           if (residual) value = fma(splat_half(weight), load_half(residual + at), value);
-          T* out = dx + (m0 + m) * g.in_channels + j;
+          E* out = dx + (m0 + m) * g.in_channels + j;
           if (j + 8 <= g.in_channels) {
             store(out, value);
           } else {
-            T tail[8];
+            E tail[8];
             store(tail, value);
             for (int64_t i = j; i < g.in_channels; ++i) out[i - j] = tail[i - j];
           }

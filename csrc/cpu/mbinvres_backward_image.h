@@ -7,16 +7,19 @@
 namespace tfnas::TFNAS_ISA {
 
 // What backward of a candidate works on besides its plan. Null pointers: not wanted.
-template <class T>
+template <class E>
 struct CandidateBackward {
-  const T* x;           // [m][ci]
-  const T* dy3;         // [m2][co]
-  T* wide;              // [planes][m2][16]: gradient of h2, with SE of z
-  const T* dpooled;     // SE: [batch][padded], per pixel
-  T *mean_g, *mean_gh;  // [padded]: dy2 = gain rstd (dh2 - mean_g - (y2 - mean) mean_gh)
+  using T = Compute<E>;
+  const E* x;               // [m][ci]
+  PixelPairs<E> x_pairs;    // the same, groups being images (strips) or the batch (channels)
+  const E* dy3;             // [m2][co]
+  PixelPairs<E> dy3_pairs;  // the same, groups being images with SE, else the batch
+  E* wide;                  // [planes][m2][16]: gradient of h2, with SE of z
+  const T* dpooled;         // SE: [batch][padded], per pixel
+  T *mean_g, *mean_gh;      // [padded]: dy2 = gain rstd (dh2 - mean_g - (y2 - mean) mean_gh)
   bool depthwise_wanted, expand_wanted, norm1_wanted, dx_wanted;
-  bool direct;    // strips: mean(dh1 h1) summed directly, since G = dh1^T x is not formed
-  const T* rows;  // rows [width][ci] of the (strips: folded) expand weights
+  bool direct;            // strips: mean(dh1 h1) summed directly, since G = dh1^T x is not formed
+  const Packed<E>* rows;  // rows [width][ci] of the expand weights, strips: times gain1 rstd1
 };
 
 // A thread's sums over the images it has done, planes of a chunk apart.
@@ -33,15 +36,17 @@ inline int64_t backward_memory(const Geometry& g, int kernel, int64_t strip_rows
   return Ring<T>::size(planes, strip_rows + 2 * kernel + 2, g.width, kernel / 2) +
          Ring<T>::size(planes, strip_rows / g.stride + 2 * kernel + 2, g.out_width, kernel / 2) +
          2 * planes * strip_rows * g.width * kLanes + (g.width + 2 * kernel) * kLanes +
-         planes * kBlock * kLanes + planes * kernel * kernel * kLanes;
+         2 * planes * kBlock * kLanes + planes * kernel * kernel * kLanes;
 }
 
-// Activation (ring, where wanted), derivative and (direct) h1 of input rows [r0, r1), again from x or the
-// saved h1.
-template <class T>
-inline void fill_backward(const LayerPlan<T>& plan, const CandidatePlan<T>& c, const CandidateBackward<T>& b,
-                          Chunk chunk, int64_t n, const T* expand, int64_t r0, int64_t r1,
-                          const Ring<T>& ring, T* derivative, T* h1, int64_t strip_plane, T* tile) {
+// Activation (ring, where wanted), derivative and normalised y1 (`h1`, where not null) of input rows [r0,
+// r1), again from x or the saved y1.
+template <class E>
+inline void fill_backward(const LayerPlan<E>& plan, const CandidatePlan<E>& c, const CandidateBackward<E>& b,
+                          Chunk chunk, int64_t n, const Packed<E>* expand, int64_t r0, int64_t r1,
+                          const Ring<Compute<E>>& ring, Compute<E>* derivative, Compute<E>* h1,
+                          int64_t strip_plane, Compute<E>* tile) {
+  using T = Compute<E>;
   const Geometry& g = plan.g;
   const int64_t first = r0 * g.width, count = (r1 - r0) * g.width;
   if (!c.expands) {
@@ -50,49 +55,56 @@ inline void fill_backward(const LayerPlan<T>& plan, const CandidatePlan<T>& c, c
       for (int64_t i = 0; i < count; ++i) store(derivative + v * strip_plane + i * kLanes, splat(T(1)));
     return;
   }
+  const bool channels = plan.design == Design::channels;
   for (int64_t m0 = 0; m0 < count; m0 += kBlock) {
     const int64_t block = minimum(kBlock, count - m0);
-    const bool channels = plan.design == Design::channels;
     if (!channels)
-      expand_tile<T>(chunk.planes, block, b.x + (n * g.pixels + first + m0) * g.ci, g.ci, g.in_channels,
+      expand_tile<E>(chunk.planes, block, b.x + (n * g.pixels + first + m0) * g.ci, g.ci, g.in_channels,
                      expand, g.ci * kLanes, tile, kBlock * kLanes);
     with_act(g.act, [&](auto act) {
       constexpr Act A = decltype(act)::value;
       for (int v = 0; v < chunk.planes; ++v) {
         const int64_t plane = chunk.plane + v, channel = plane * kLanes;
-        const T* in =
-            channels ? c.h1 + (plane * g.m + n * g.pixels + first + m0) * kLanes : tile + v * kBlock * kLanes;
-        const auto gain = channels ? load(c.gain1 + channel) : splat(T(1)), bias = load(c.bias1 + channel);
+        const auto mean = load(c.mean1 + channel), rstd = load(c.rstd1 + channel),
+                   scale = mul(load(c.gain1 + channel), rstd), bias = load(c.bias1 + channel);
         T* slope = derivative + v * strip_plane + m0 * kLanes;
-        T* kept = b.direct ? h1 + v * strip_plane + m0 * kLanes : nullptr;
-        for_runs(first + m0, block, g.width, [&](int64_t i, int64_t length, int64_t y, int64_t column) {
-          T* out = b.depthwise_wanted ? ring.pixel(v, y, column) : nullptr;
-          for (int64_t j = 0; j < length; ++j) {
-            const auto h = fma(load(in + (i + j) * kLanes), gain, bias);
-            auto a = h, d = h;
-            activate_with_derivative<T, A>(h, a, d);
-            if (out) store(out + j * kLanes, a);
-            if (kept) store(kept + (i + j) * kLanes, h);
-            store(slope + (i + j) * kLanes, d);
-          }
-        });
+        T* kept = h1 ? h1 + v * strip_plane + m0 * kLanes : nullptr;
+        auto fill = [&](const auto* y1) {
+          for_runs(first + m0, block, g.width, [&](int64_t i, int64_t length, int64_t y, int64_t column) {
+            T* out = b.depthwise_wanted ? ring.pixel(v, y, column) : nullptr;
+            for (int64_t j = 0; j < length; ++j) {
+              const auto centred = sub(load(y1 + (i + j) * kLanes), mean);
+              auto a = centred, d = centred;
+              activate_with_derivative<T, A>(fma(centred, scale, bias), a, d);
+              if (out) store(out + j * kLanes, a);
+              if (kept) store(kept + (i + j) * kLanes, mul(centred, rstd));
+              store(slope + (i + j) * kLanes, d);
+            }
+          });
+        };
+        if (channels) {
+          fill(c.y1 + (plane * g.m + n * g.pixels + first + m0) * kLanes);
+        } else {
+          fill(tile + v * kBlock * kLanes);
+        }
       }
     });
   }
 }
 
 // dy2 of output rows [y0, y1) of plane v into its ring.
-template <class T>
-inline void fill_dy2(const Geometry& g, const CandidatePlan<T>& c, const CandidateBackward<T>& b,
-                     int64_t plane, int v, int64_t n, int64_t y0, int64_t y1, const Ring<T>& ring) {
+template <class E>
+inline void fill_dy2(const Geometry& g, const CandidatePlan<E>& c, const CandidateBackward<E>& b,
+                     int64_t plane, int v, int64_t n, int64_t y0, int64_t y1, const Ring<Compute<E>>& ring) {
+  using T = Compute<E>;
   const int64_t channel = plane * kLanes, base = (plane * g.m2 + n * g.out_pixels) * kLanes;
   const auto mean = load(c.mean2 + channel), scale = mul(load(c.gain2 + channel), load(c.rstd2 + channel)),
              bias = load(c.bias2 + channel), mean_g = load(b.mean_g + channel),
              mean_gh = load(b.mean_gh + channel);
   auto rows = [&](auto gradient) {
     for (int64_t y = y0; y < y1; ++y) {
-      const T* y2 = c.y2 + base + y * g.out_width * kLanes;
-      const T* wide = b.wide + base + y * g.out_width * kLanes;
+      const E* y2 = c.y2 + base + y * g.out_width * kLanes;
+      const E* wide = b.wide + base + y * g.out_width * kLanes;
       T* out = ring.pixel(v, y, 0);
       for (int64_t x = 0; x < g.out_width; ++x) {
         const auto centred = sub(load(y2 + x * kLanes), mean);
@@ -127,12 +139,32 @@ inline void add_to_narrow(const T* strip, int64_t strip_plane, Chunk chunk, int6
   }
 }
 
+// `count` pixels of a strip (planes `strip_plane` apart) as elements, in `tile` (planes kBlock pixels apart)
+// where they are not elements already. Returns the planes' distance.
+template <class E>
+TFNAS_INLINE int64_t elements_of(const Compute<E>* strip, int64_t strip_plane, int planes, int64_t count,
+                                 E* tile, const E** elements) {
+  if constexpr (sizeof(E) == sizeof(Compute<E>)) {
+    (void)planes, (void)count, (void)tile;
+    *elements = strip;
+    return strip_plane;
+  } else {
+    for (int v = 0; v < planes; ++v)
+      for (int64_t m = 0; m < count; ++m)
+        store(tile + (v * kBlock + m) * kLanes, load(strip + v * strip_plane + m * kLanes));
+    *elements = tile;
+    return kBlock * kLanes;
+  }
+}
+
 // `target`: channels: dh1 of the chunk [planes][m][16]; strips: dx [m][ci], overwritten or (accumulate) added
 // to.
-template <class T>
-inline void backward_image(const LayerPlan<T>& plan, const CandidatePlan<T>& c, const CandidateBackward<T>& b,
-                           Chunk chunk, int64_t n, const ChunkWeights<T>& weights, int64_t strip_rows,
-                           T* memory, const ImageSums<T>& sums, T* target, bool accumulate) {
+template <class E>
+inline void backward_image(const LayerPlan<E>& plan, const CandidatePlan<E>& c, const CandidateBackward<E>& b,
+                           Chunk chunk, int64_t n, const ChunkWeights<E>& weights, int64_t strip_rows,
+                           Compute<E>* memory, const ImageSums<Compute<E>>& sums, Compute<E>* target,
+                           bool accumulate) {
+  using T = Compute<E>;
   const Geometry& g = plan.g;
   const bool channels = plan.design == Design::channels;
   const int64_t taps = c.kernel * c.kernel, strip_plane = strip_rows * g.width * kLanes;
@@ -143,7 +175,8 @@ inline void backward_image(const LayerPlan<T>& plan, const CandidatePlan<T>& c, 
   T* derivative = tile + Blocking<T>::planes * kBlock * kLanes;
   T* h1 = derivative + Blocking<T>::planes * strip_plane;
   T* taps_sum = h1 + Blocking<T>::planes * strip_plane;
-  T* ring_memory = taps_sum + Blocking<T>::planes * taps * kLanes;
+  E* elements = reinterpret_cast<E*>(taps_sum + Blocking<T>::planes * taps * kLanes);
+  T* ring_memory = taps_sum + Blocking<T>::planes * (taps + kBlock) * kLanes;
   const Ring<T> in_ring(ring_memory, chunk.planes, in_rows, g.width, c.pad);
   const Ring<T> out_ring(ring_memory + Ring<T>::size(Blocking<T>::planes, in_rows, g.width, c.pad),
                          chunk.planes, out_rows, g.out_width, c.pad);
@@ -154,7 +187,8 @@ inline void backward_image(const LayerPlan<T>& plan, const CandidatePlan<T>& c, 
     const int64_t needed =
         r1 == g.height ? g.out_height : minimum(g.out_height, (r1 - 1 + c.pad) / g.stride + 1);
     const int64_t complete = completed_rows(g, c.kernel, r1);
-    fill_backward(plan, c, b, chunk, n, weights.expand, r0, r1, in_ring, derivative, h1, strip_plane, tile);
+    T* kept = channels || b.direct ? h1 : nullptr;
+    fill_backward(plan, c, b, chunk, n, weights.expand, r0, r1, in_ring, derivative, kept, strip_plane, tile);
     for (int v = 0; v < chunk.planes; ++v) {
       fill_dy2(g, c, b, chunk.plane + v, v, n, filled, needed, out_ring);
       InputGradientEpilogue<T> epilogue{nullptr, nullptr, nullptr, splat(T(0)), splat(T(0))};
@@ -175,7 +209,7 @@ inline void backward_image(const LayerPlan<T>& plan, const CandidatePlan<T>& c, 
           const int64_t at = ((chunk.plane + v) * g.m + n * g.pixels + y * g.width) * kLanes;
           const int64_t in_strip = v * strip_plane + (y - r0) * g.width * kLanes;
           epilogue.derivative = derivative + in_strip;
-          epilogue.factor = channels ? c.h1 + at : (b.direct ? h1 + in_strip : nullptr);
+          epilogue.factor = kept ? kept + in_strip : nullptr;
           epilogue.out = channels ? target + at - chunk.plane * g.m * kLanes : derivative + in_strip;
           const T *in[K], *rows[K];
           if constexpr (S == 1) {
@@ -208,13 +242,16 @@ inline void backward_image(const LayerPlan<T>& plan, const CandidatePlan<T>& c, 
     }
     for (int64_t m0 = 0; m0 < count; m0 += kBlock) {
       const int64_t block = minimum(kBlock, count - m0);
-      const T* dh1 = derivative + m0 * kLanes;
-      if (!b.direct && sums.expand)
-        outer_tile<T>(block, g.ci, dh1, strip_plane, chunk.planes, b.x + (at + m0) * g.ci, g.ci, sums.expand,
-                      g.ci);
+      const E* dh1;
+      const int64_t plane =
+          elements_of(derivative + m0 * kLanes, strip_plane, chunk.planes, block, elements, &dh1);
       if (b.dx_wanted)
-        project_tile<T>(block, g.ci, dh1, strip_plane, minimum(chunk.planes * kLanes, c.width - channel),
+        project_tile<E>(block, g.ci, dh1, plane, minimum(chunk.planes * kLanes, c.width - channel),
                         b.rows + channel * g.ci, g.ci, target + (at + m0) * g.ci, g.ci, accumulate);
+      if (b.direct || !sums.expand) continue;
+      pair_pixels(elements, plane, chunk.planes, block);
+      outer_tile<E>(block, g.ci, dh1, plane, chunk.planes, b.x_pairs.at(n, r0 * g.width + m0), g.ci,
+                    sums.expand, g.ci);
     }
   }
   if (b.depthwise_wanted)

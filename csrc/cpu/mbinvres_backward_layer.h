@@ -16,9 +16,10 @@ inline void sum_threads(T* parts, int64_t size, const Threads& threads) {
 }
 
 // Everything that the phases of one candidate share.
-template <class T>
+template <class E>
 struct BackwardState {
-  const LayerPlan<T>& plan;
+  using T = Compute<E>;
+  const LayerPlan<E>& plan;
   const Threads& threads;
   T** dx_parts;      // by thread (channels, or images shared by threads), or one
   bool* dx_written;  // by thread: whether its part holds anything yet (channels)
@@ -28,20 +29,20 @@ struct BackwardState {
 
 // Project's backward and BN2's: fills b.wide, b.mean_g, b.mean_gh (and b.dpooled); channels without SE go on
 // to dx.
-template <class T>
-inline void backward_project(const BackwardState<T>& state, const CandidatePlan<T>& c,
-                             CandidateBackward<T>& b, const CandidateGradient<T>* gradient) {
-  const LayerPlan<T>& plan = state.plan;
+template <class E>
+inline void backward_project(const BackwardState<E>& state, const CandidatePlan<E>& c,
+                             CandidateBackward<E>& b, const CandidateGradient<Compute<E>>* gradient) {
+  using T = Compute<E>;
+  const LayerPlan<E>& plan = state.plan;
   const Geometry& g = plan.g;
   const Threads& threads = state.threads;
   const bool channels = plan.design == Design::channels, wanted = gradient && gradient->project.data;
   Scratch scratch;
-  T* packed = scratch.take<T>(c.planes * g.co * kLanes);
-  parallel(threads, [&](int thread) {
-    const Range range = share(c.planes, thread, threads.count);
-    for (int64_t plane = range.begin; plane < range.end; ++plane)
-      pack_plane(c.weights->project, c.width, plane, g.out_channels, g.co, packed + plane * g.co * kLanes);
-  });
+  Packed<E>* packed = scratch.take<Packed<E>>(c.planes * g.co * kLanes);
+  pack_all_columns(c.weights->project, c, g.out_channels, g.co, packed, threads);
+  if (wanted)
+    b.dy3_pairs = c.gate ? pair_narrow(b.dy3, g.batch, g.out_pixels, g.co, scratch, threads)
+                         : pair_narrow(b.dy3, 1, g.m2, g.co, scratch, threads);
   const int copies = channels ? 1 : threads.count;  // channels: every thread writes its own part of one
   const int64_t weight_size = wanted ? c.padded * g.co : 0,
                 gate_size = c.gate ? kGateSums * g.batch * c.padded : 0;
@@ -51,19 +52,21 @@ inline void backward_project(const BackwardState<T>& state, const CandidatePlan<
   parallel(threads, [&](int thread) {
     Scratch local;
     const int64_t tile_size = Blocking<T>::planes * kBlock * kLanes;
-    T* dz = local.take<T>(2 * tile_size);
-    T* z = dz + tile_size;
+    T* dz = local.take<T>(tile_size);
+    E* z = local.take<E>(tile_size);
     const int copy = channels ? 0 : thread;
     double *sum_g = sums + copy * 2 * c.padded, *sum_gh = sum_g + c.padded;
     auto block = [&](Chunk chunk, int64_t m0, int64_t count, int64_t n) {
       backward_project_block(g, c, b, chunk, m0, count, n, packed + chunk.plane * g.co * kLanes, dz, z, sum_g,
                              sum_gh, gate_sums + copy * gate_size);
-      if (wanted)
-        outer_tile<T>(count, g.co, z, kBlock * kLanes, chunk.planes, b.dy3 + m0 * g.co, g.co,
-                      weights + copy * weight_size + chunk.plane * kLanes * g.co, g.co);
+      if (!wanted) return;
+      pair_pixels(z, kBlock * kLanes, chunk.planes, count);
+      outer_tile<E>(count, g.co, z, kBlock * kLanes, chunk.planes,
+                    c.gate ? b.dy3_pairs.at(n, m0 - n * g.out_pixels) : b.dy3_pairs.at(0, m0), g.co,
+                    weights + copy * weight_size + chunk.plane * kLanes * g.co, g.co);
     };
     if (!channels) {
-      const Range range = share(g.m2, thread, threads.count);
+      const Range range = share_blocks(g, c.gate != nullptr, thread, threads.count);
       for_blocks(g, c.gate != nullptr, range.begin, range.end, [&](int64_t m0, int64_t count, int64_t n) {
         for_chunks<T>(0, c.planes, [&](Chunk chunk) { block(chunk, m0, count, n); });
       });
@@ -111,11 +114,12 @@ inline void backward_project(const BackwardState<T>& state, const CandidatePlan<
 }
 
 // Strips: from dh2 to the uncorrected dx of all images, and the sums that close BN1.
-template <class T>
-inline void backward_strips(const BackwardState<T>& state, const CandidatePlan<T>& c,
-                            const CandidateBackward<T>& b, bool first_candidate,
-                            const CandidateGradient<T>* gradient) {
-  const LayerPlan<T>& plan = state.plan;
+template <class E>
+inline void backward_strips(const BackwardState<E>& state, const CandidatePlan<E>& c,
+                            const CandidateBackward<E>& b, bool first_candidate,
+                            const CandidateGradient<Compute<E>>* gradient) {
+  using T = Compute<E>;
+  const LayerPlan<E>& plan = state.plan;
   const Geometry& g = plan.g;
   const Threads& threads = state.threads;
   Scratch scratch;
@@ -124,6 +128,8 @@ inline void backward_strips(const BackwardState<T>& state, const CandidatePlan<T
   T* flipped = depthwise + c.padded * taps;
   for (int64_t plane = 0; plane < c.planes; ++plane)
     pack_depthwise(c, plane, depthwise + plane * taps * kLanes, flipped + plane * taps * kLanes);
+  Packed<E>* columns = c.expands ? scratch.take<Packed<E>>(c.planes * g.ci * kLanes) : nullptr;
+  if (c.expands) pack_all_columns(c.weights->expand, c, g.in_channels, g.ci, columns, threads);
   Chunk* chunks = scratch.take<Chunk>(c.planes);
   int64_t count = 0;
   for_chunks<T>(0, c.planes, [&](Chunk chunk) { chunks[count++] = chunk; });
@@ -143,7 +149,7 @@ inline void backward_strips(const BackwardState<T>& state, const CandidatePlan<T
       double* mine = sums + thread * 2 * c.padded + at;
       const ImageSums<T> image{taps_sums + thread * taps_size + at * taps, mine, mine + c.padded,
                                products_size ? products + thread * products_size + at * g.ci : nullptr};
-      const ChunkWeights<T> weights{c.expands ? c.folded + at * g.ci : nullptr, depthwise + at * taps,
+      const ChunkWeights<E> weights{c.expands ? columns + at * g.ci : nullptr, depthwise + at * taps,
                                     flipped + at * taps};
       backward_image(plan, c, b, chunk, task / count, weights, strip_rows, memory, image,
                      state.dx_parts[state.by_image ? 0 : thread],
@@ -162,33 +168,14 @@ inline void backward_strips(const BackwardState<T>& state, const CandidatePlan<T
   close_norm1(plan, c, b, products, sums, sums + c.padded, state.correction, gradient, threads);
 }
 
-// Rows [width][ci] of the expand weights that carry dh1 (strips) or dy1 (channels) back to x.
-template <class T>
-inline const T* expand_rows_of(const LayerPlan<T>& plan, const CandidatePlan<T>& c, Scratch& scratch,
-                               const Threads& threads) {
-  const Geometry& g = plan.g;
-  const Weight<const T>& weight = c.weights->expand;
-  if (!c.expands) return nullptr;
-  if (plan.design == Design::channels && weight.stride == 1 && weight.mid_stride == g.ci) return weight.data;
-  T* rows = scratch.take<T>(c.padded * g.ci);
-  const Weight<const T> folded{c.folded, 0, 0};
-  parallel(threads, [&](int thread) {
-    const Range range = share(c.padded, thread, threads.count);
-    if (plan.design == Design::channels)
-      return pack_rows(weight, c.width, range.begin, range.end, g.in_channels, g.ci, rows);
-    for (int64_t i = range.begin; i < range.end; ++i)
-      for (int64_t j = 0; j < g.ci; ++j)
-        rows[i * g.ci + j] = folded.data[(i / kLanes * g.ci + j) * kLanes + i % kLanes];
-  });
-  return rows;
-}
-
-template <class T>
-inline void run_backward(const Layer<T>& layer, const T* x, const T* saved, const T* dout, T* dx, T* dmix,
-                         const CandidateGradient<T>* gradients, const Threads& threads) {
+template <class E>
+inline void run_backward(const Layer<Compute<E>>& layer, const E* x, const void* saved, const E* dout, E* dx,
+                         Compute<E>* dmix, const CandidateGradient<Compute<E>>* gradients,
+                         const Threads& threads) {
+  using T = Compute<E>;
   Scratch scratch;
-  LayerPlan<T>& plan = *scratch.take<LayerPlan<T>>(1);
-  make_plan(layer, const_cast<T*>(saved), plan);
+  LayerPlan<E>& plan = *scratch.take<LayerPlan<E>>(1);
+  make_plan<E>(layer, const_cast<void*>(saved), plan);
   const Geometry& g = plan.g;
   const bool channels = plan.design == Design::channels, expands = plan.candidates[0].expands;
   x = padded_narrow(x, g.m, g.in_channels, g.ci, scratch, threads);
@@ -205,16 +192,22 @@ inline void run_backward(const Layer<T>& layer, const T* x, const T* saved, cons
     if (dx && !channels && !by_image) std::memset(parts[t], 0, g.m * g.ci * sizeof(T));
   }
   for (int t = 0; t < threads.count; ++t) written[t] = false;
-  const BackwardState<T> state{
+  const BackwardState<E> state{
       plan,    threads,  parts,
       written, by_image, NarrowCorrection<T>{scratch.zeros<T>(g.ci), scratch.zeros<T>(g.ci * g.ci)}};
-  T* dy3 = scratch.take<T>(g.m2 * g.co);
-  T* wide = scratch.take<T>(largest * g.m2);
+  E* dy3 = scratch.take<E>(g.m2 * g.co);
+  E* wide = scratch.take<E>(largest * g.m2);
+  bool expand_wanted = false;
+  for (int i = 0; gradients && i < plan.count; ++i) expand_wanted |= gradients[i].expand.data != nullptr;
+  PixelPairs<E> x_pairs{};
+  if (expand_wanted && expands)
+    x_pairs = channels ? pair_narrow(x, 1, g.m, g.ci, scratch, threads)
+                       : pair_narrow(x, g.batch, g.pixels, g.ci, scratch, threads);
   double* sums = scratch.take<double>(2 * g.co);
 
   for (int i = 0; i < plan.count; ++i) {
     Scratch local;
-    const CandidatePlan<T>& c = plan.candidates[i];
+    const CandidatePlan<E>& c = plan.candidates[i];
     const CandidateGradient<T>* gradient = gradients ? gradients + i : nullptr;
     const T mix = layer.mix ? layer.mix[i] : T(1);
     backward_norm3(g, c, mix, dout, dy3, sums, threads);
@@ -227,8 +220,8 @@ inline void run_backward(const Layer<T>& layer, const T* x, const T* saved, cons
     }
     if (dmix) dmix[i] = static_cast<T>(along_mix);
     const bool wanted = gradient != nullptr, affine1 = c.weights->bn1.weight || c.weights->bn1.bias;
-    CandidateBackward<T> b;
-    b.x = x, b.dy3 = dy3, b.wide = wide;
+    CandidateBackward<E> b;
+    b.x = x, b.x_pairs = x_pairs, b.dy3 = dy3, b.wide = wide;
     b.dpooled = c.gate ? local.take<T>(g.batch * c.padded) : nullptr;
     b.mean_g = local.take<T>(c.padded), b.mean_gh = local.take<T>(c.padded);
     b.depthwise_wanted = wanted && gradient->depthwise.data;
@@ -236,7 +229,13 @@ inline void run_backward(const Layer<T>& layer, const T* x, const T* saved, cons
     b.norm1_wanted = c.expands && wanted && (gradient->bn_weight[0] || gradient->bn_bias[0]);
     b.dx_wanted = dx != nullptr;
     b.direct = !channels && c.expands && !b.expand_wanted && !b.norm1_wanted && !affine1;
-    b.rows = expand_rows_of(plan, c, local, threads);
+    T* scale = nullptr;  // strips: dh1 goes back through BN1 here, but for the narrow correction
+    if (!channels && c.expands) {
+      scale = local.take<T>(c.padded);
+      for (int64_t j = 0; j < c.padded; ++j) scale[j] = c.gain1[j] * c.rstd1[j];
+    }
+    b.rows =
+        c.expands ? rows_of<E>(c.weights->expand, scale, c, g.in_channels, g.ci, local, threads) : nullptr;
     backward_project(state, c, b, gradient);
     if (!channels) {
       backward_strips(state, c, b, i == 0, gradient);
@@ -251,7 +250,7 @@ inline void run_backward(const Layer<T>& layer, const T* x, const T* saved, cons
     }
   }
   if (!dx) return;
-  const T* residual = layer.residual != 0 ? dout : nullptr;
+  const E* residual = layer.residual != 0 ? dout : nullptr;
   const T weight = static_cast<T>(layer.residual);
   if (!channels && expands)
     return correct_dx(plan, state.correction, x, parts, part_count, residual, weight, dx, threads);

@@ -4,7 +4,7 @@
 // column -k/2 of a row whose side columns are zero; weights are packed [k * k][16].
 #pragma once
 
-#include "cpu/mbinvres_simd.h"
+#include "cpu/mbinvres_bf16.h"
 
 namespace tfnas::TFNAS_ISA {
 
@@ -28,8 +28,8 @@ TFNAS_INLINE void for_column_blocks(int64_t columns, F&& f) {
   for (; x < columns; ++x) f(Columns<1>{}, x);
 }
 
-template <class T, int K, int S, int XB>
-TFNAS_INLINE void depthwise_block(const T* const* in, const T* weights, int64_t x0, T* out,
+template <class T, int K, int S, int XB, class E>
+TFNAS_INLINE void depthwise_block(const T* const* in, const T* weights, int64_t x0, E* out,
                                   typename Simd<T>::V& sum, typename Simd<T>::V& sum_squares,
                                   typename Simd<T>::V shift) {
   using V = typename Simd<T>::V;
@@ -58,8 +58,8 @@ TFNAS_INLINE void depthwise_block(const T* const* in, const T* weights, int64_t 
 }
 
 // One output row; adds (y - shift) and its square to the two sums.
-template <class T, int K, int S>
-inline void depthwise_row(const T* const* in, const T* weights, int64_t columns, T* out,
+template <class T, int K, int S, class E>
+inline void depthwise_row(const T* const* in, const T* weights, int64_t columns, E* out,
                           typename Simd<T>::V& sum, typename Simd<T>::V& sum_squares,
                           typename Simd<T>::V shift) {
   for_column_blocks<T>(columns, [&](auto width, int64_t x) {

@@ -16,50 +16,58 @@ inline T* offset(T* data, int64_t count) {
   return data ? data + count : nullptr;
 }
 
-// Strips: BN1 folded into the expand weights, from the moments of x (training) or given statistics.
-template <class T>
-inline void fold_expand(const LayerPlan<T>& plan, const CandidatePlan<T>& c, bool training, double eps,
-                        const BatchStatistics<T>& statistics, const Threads& threads) {
+// A number as the packed operands hold it.
+template <class E, class V>
+TFNAS_INLINE V rounded_to_packed(V value) {
+  Packed<E> packed[kLanes];
+  store(packed, value);
+  return load(packed);
+}
+
+// Strips: closes BN1 from the moments of x and the expand weights, or by given statistics. The weights are
+// taken as packed, so that the statistics are exactly those of what is computed.
+template <class E>
+inline void close_expand_norm(const LayerPlan<E>& plan, const CandidatePlan<E>& c, bool training, double eps,
+                              const BatchStatistics<Compute<E>>& statistics, const Threads& threads) {
+  using T = Compute<E>;
   const Geometry& g = plan.g;
   const NormView<T>& norm = c.weights->bn1;
-  if (!training) given_norm(norm, c.width, c.padded, eps, c.mean1, c.rstd1, c.gain1, c.bias1);
+  if (!training) return given_norm(norm, c.width, c.padded, eps, c.mean1, c.rstd1, c.gain1, c.bias1);
   parallel(threads, [&](int thread) {
+    Scratch scratch;
+    T* w = scratch.take<T>(g.ci * kLanes);
     const Range range = share(c.planes, thread, threads.count);
     for (int64_t plane = range.begin; plane < range.end; ++plane) {
-      T* w = c.folded + plane * g.ci * kLanes;
       const int64_t channel = plane * kLanes;
       pack_plane(c.weights->expand, c.width, plane, g.in_channels, g.ci, w);
-      if (training) {
-        auto mean = splat(T(0)), var = mean;
-        for (int64_t i = 0; i < g.in_channels; ++i) {
-          auto product = splat(T(0));
-          for (int64_t j = 0; j < g.in_channels; ++j)
-            product = fma(splat(plan.covariance[i * g.ci + j]), load(w + j * kLanes), product);
-          var = fma(product, load(w + i * kLanes), var);
-          mean = fma(load(w + i * kLanes), splat(plan.mean_x[i]), mean);
-        }
-        double sum[kLanes], squares[kLanes];
-        T lanes[kLanes];
-        store(lanes, mean);
-        for (int64_t i = 0; i < kLanes; ++i) sum[i] = lanes[i];
-        store(lanes, var);
-        for (int64_t i = 0; i < kLanes; ++i) squares[i] = lanes[i] + sum[i] * sum[i];
-        finish_norm(sum, squares, 1, c.width - channel, kLanes, norm_at(norm, channel), eps,
-                    c.mean1 + channel, c.rstd1 + channel, c.gain1 + channel, c.bias1 + channel,
-                    offset(statistics.mean1, channel), offset(statistics.var1, channel));
+      for (int64_t i = 0; i < g.ci; ++i) store(w + i * kLanes, rounded_to_packed<E>(load(w + i * kLanes)));
+      auto mean = splat(T(0)), var = mean;
+      for (int64_t i = 0; i < g.in_channels; ++i) {
+        auto product = splat(T(0));
+        for (int64_t j = 0; j < g.in_channels; ++j)
+          product = fma(splat(plan.covariance[i * g.ci + j]), load(w + j * kLanes), product);
+        var = fma(product, load(w + i * kLanes), var);
+        mean = fma(load(w + i * kLanes), splat(plan.mean_x[i]), mean);
       }
-      const auto scale = mul(load(c.gain1 + channel), load(c.rstd1 + channel));
-      for (int64_t i = 0; i < g.ci; ++i) store(w + i * kLanes, mul(load(w + i * kLanes), scale));
-      store(c.bias1 + channel, sub(load(c.bias1 + channel), mul(scale, load(c.mean1 + channel))));
+      double sum[kLanes], squares[kLanes];
+      T lanes[kLanes];
+      store(lanes, mean);
+      for (int64_t i = 0; i < kLanes; ++i) sum[i] = lanes[i];
+      store(lanes, var);
+      for (int64_t i = 0; i < kLanes; ++i) squares[i] = lanes[i] + sum[i] * sum[i];
+      finish_norm(sum, squares, 1, c.width - channel, kLanes, norm_at(norm, channel), eps, c.mean1 + channel,
+                  c.rstd1 + channel, c.gain1 + channel, c.bias1 + channel, offset(statistics.mean1, channel),
+                  offset(statistics.var1, channel));
     }
   });
 }
 
 // Mean over an image of a2 for planes of one chunk.
-template <class T>
-inline void pool_plane(const Geometry& g, const CandidatePlan<T>& c, int64_t plane, int64_t n) {
+template <class E>
+inline void pool_plane(const Geometry& g, const CandidatePlan<E>& c, int64_t plane, int64_t n) {
+  using T = Compute<E>;
   const int64_t channel = plane * kLanes;
-  const T* y2 = c.y2 + (plane * g.m2 + n * g.out_pixels) * kLanes;
+  const E* y2 = c.y2 + (plane * g.m2 + n * g.out_pixels) * kLanes;
   const auto mean = load(c.mean2 + channel), bias = load(c.bias2 + channel),
              scale = mul(load(c.gain2 + channel), load(c.rstd2 + channel));
   with_act(g.act, [&](auto act) {
@@ -75,32 +83,36 @@ inline void pool_plane(const Geometry& g, const CandidatePlan<T>& c, int64_t pla
 }
 
 // Channels: everything up to y2 for one chunk and the whole batch.
-template <class T>
-inline void forward_channels(const LayerPlan<T>& plan, const CandidatePlan<T>& c, Chunk chunk, const T* x,
-                             double eps, const BatchStatistics<T>& statistics) {
+template <class E>
+inline void forward_channels(const LayerPlan<E>& plan, const CandidatePlan<E>& c, Chunk chunk, const E* x,
+                             double eps, const BatchStatistics<Compute<E>>& statistics) {
+  using T = Compute<E>;
   const Geometry& g = plan.g;
   Scratch scratch;
   const int64_t taps = c.kernel * c.kernel, channel = chunk.plane * kLanes;
-  T* expand = scratch.take<T>(chunk.planes * g.ci * kLanes);
+  Packed<E>* expand = scratch.take<Packed<E>>(chunk.planes * g.ci * kLanes);
   T* depthwise = scratch.take<T>(chunk.planes * taps * kLanes);
+  T* tile = scratch.take<T>(chunk.planes * kBlock * kLanes);
   for (int v = 0; v < chunk.planes; ++v) {
-    pack_plane(c.weights->expand, c.width, chunk.plane + v, g.in_channels, g.ci, expand + v * g.ci * kLanes);
+    pack_columns<E>(c.weights->expand, c.width, chunk.plane + v, g.in_channels, g.ci,
+                    expand + v * g.ci * kLanes);
     pack_depthwise(c, chunk.plane + v, depthwise + v * taps * kLanes, static_cast<T*>(nullptr));
   }
   double sums[2][Blocking<T>::planes * kLanes] = {};
   PlaneMoments<T> moments[Blocking<T>::planes];
   for (int64_t m0 = 0; m0 < g.m; m0 += kBlock) {
     const int64_t block = minimum(kBlock, g.m - m0);
-    T* y1 = c.h1 + (chunk.plane * g.m + m0) * kLanes;
-    expand_tile<T>(chunk.planes, block, x + m0 * g.ci, g.ci, g.in_channels, expand, g.ci * kLanes, y1,
-                   g.m * kLanes);
+    expand_tile<E>(chunk.planes, block, x + m0 * g.ci, g.ci, g.in_channels, expand, g.ci * kLanes, tile,
+                   kBlock * kLanes);
     for (int v = 0; v < chunk.planes; ++v) {
-      const T* values = y1 + v * g.m * kLanes;
+      const T* values = tile + v * kBlock * kLanes;
+      E* y1 = c.y1 + ((chunk.plane + v) * g.m + m0) * kLanes;
       if (m0 == 0) moments[v].shift = load(values);
       auto sum = splat(T(0)), squares = sum;
       const auto shift = moments[v].shift;
       for (int64_t m = 0; m < block; ++m) {
-        const auto centred = sub(load(values + m * kLanes), shift);
+        const auto value = load(values + m * kLanes), centred = sub(value, shift);
+        store(y1 + m * kLanes, value);
         sum = add(sum, centred);
         squares = fma(centred, centred, squares);
       }
@@ -115,7 +127,7 @@ inline void forward_channels(const LayerPlan<T>& plan, const CandidatePlan<T>& c
   std::memset(sums, 0, sizeof sums);
   T* memory = scratch.take<T>(forward_memory<T>(g, c.kernel, g.height));
   for (int64_t n = 0; n < g.batch; ++n) {
-    forward_image(plan, c, chunk, n, x, ChunkWeights<T>{expand, depthwise, nullptr}, g.height, memory,
+    forward_image(plan, c, chunk, n, x, ChunkWeights<E>{nullptr, depthwise, nullptr}, g.height, memory,
                   moments, n == 0);
     for (int v = 0; v < chunk.planes; ++v)
       if (moments[v].pending >= 512 || n + 1 == g.batch)
@@ -130,16 +142,22 @@ inline void forward_channels(const LayerPlan<T>& plan, const CandidatePlan<T>& c
 }
 
 // Strips: y2 of all images; images and chunks are shared out over the threads.
-template <class T>
-inline void forward_strips(const LayerPlan<T>& plan, const CandidatePlan<T>& c, const T* x, bool training,
-                           double eps, const BatchStatistics<T>& statistics, const Threads& threads) {
+template <class E>
+inline void forward_strips(const LayerPlan<E>& plan, const CandidatePlan<E>& c, const E* x, bool training,
+                           double eps, const BatchStatistics<Compute<E>>& statistics,
+                           const Threads& threads) {
+  using T = Compute<E>;
   const Geometry& g = plan.g;
   Scratch scratch;
   const int64_t taps = c.kernel * c.kernel;
   T* depthwise = scratch.take<T>(c.planes * taps * kLanes);
   for (int64_t plane = 0; plane < c.planes; ++plane)
     pack_depthwise(c, plane, depthwise + plane * taps * kLanes, static_cast<T*>(nullptr));
-  if (c.expands) fold_expand(plan, c, training, eps, statistics, threads);
+  Packed<E>* columns = c.expands ? scratch.take<Packed<E>>(c.planes * g.ci * kLanes) : nullptr;
+  if (c.expands) {
+    pack_all_columns(c.weights->expand, c, g.in_channels, g.ci, columns, threads);
+    close_expand_norm(plan, c, training, eps, statistics, threads);
+  }
   Chunk* chunks = scratch.take<Chunk>(c.planes);
   int64_t count = 0;
   for_chunks<T>(0, c.planes, [&](Chunk chunk) { chunks[count++] = chunk; });
@@ -155,9 +173,9 @@ inline void forward_strips(const LayerPlan<T>& plan, const CandidatePlan<T>& c, 
     const Range range = share(g.batch * count, thread, threads.count);
     for (int64_t task = range.begin; task < range.end; ++task) {
       const Chunk chunk = chunks[task % count];
-      const T* expand = c.expands ? c.folded + chunk.plane * g.ci * kLanes : nullptr;
+      const Packed<E>* expand = c.expands ? columns + chunk.plane * g.ci * kLanes : nullptr;
       forward_image(plan, c, chunk, task / count, x,
-                    ChunkWeights<T>{expand, depthwise + chunk.plane * taps * kLanes, nullptr}, strip_rows,
+                    ChunkWeights<E>{expand, depthwise + chunk.plane * taps * kLanes, nullptr}, strip_rows,
                     memory, moments + chunk.plane, task < range.begin + count);
       for (int64_t plane = chunk.plane; plane < chunk.plane + chunk.planes; ++plane)
         moments[plane].flush(sums + plane * kLanes, sums + c.padded + plane * kLanes);
@@ -180,15 +198,16 @@ inline void forward_strips(const LayerPlan<T>& plan, const CandidatePlan<T>& c, 
 }
 
 // z of pixels [m0, m0 + count) of image n (any image without SE) as a tile of the chunk.
-template <class T>
-inline void load_projected(const Geometry& g, const CandidatePlan<T>& c, Chunk chunk, int64_t m0,
-                           int64_t count, int64_t n, T* tile) {
+template <class E>
+inline void load_projected(const Geometry& g, const CandidatePlan<E>& c, Chunk chunk, int64_t m0,
+                           int64_t count, int64_t n, E* tile) {
+  using T = Compute<E>;
   with_act(g.act, [&](auto act) {
     constexpr Act A = decltype(act)::value;
     for (int v = 0; v < chunk.planes; ++v) {
       const int64_t channel = (chunk.plane + v) * kLanes;
-      const T* y2 = c.y2 + ((chunk.plane + v) * g.m2 + m0) * kLanes;
-      T* out = tile + v * kBlock * kLanes;
+      const E* y2 = c.y2 + ((chunk.plane + v) * g.m2 + m0) * kLanes;
+      E* out = tile + v * kBlock * kLanes;
       const auto mean = load(c.mean2 + channel), bias = load(c.bias2 + channel),
                  scale = mul(load(c.gain2 + channel), load(c.rstd2 + channel));
       if (c.gate) {
@@ -204,6 +223,14 @@ inline void load_projected(const Geometry& g, const CandidatePlan<T>& c, Chunk c
   });
 }
 
+// A thread's share of the output pixels. It begins at a whole pair of pixels, of an image where blocks stay
+// within one.
+TFNAS_INLINE Range share_blocks(const Geometry& g, bool within_images, int thread, int count) {
+  auto paired = [&](int64_t m) { return m == g.m2 ? m : m - (within_images ? m % g.out_pixels : m) % 2; };
+  const Range range = share(g.m2, thread, count);
+  return {paired(range.begin), paired(range.end)};
+}
+
 // Calls f(first pixel, pixels, image) for blocks of [begin, end) that stay within one image.
 template <class F>
 TFNAS_INLINE void for_blocks(const Geometry& g, bool within_images, int64_t begin, int64_t end, F&& f) {
@@ -216,31 +243,35 @@ TFNAS_INLINE void for_blocks(const Geometry& g, bool within_images, int64_t begi
   }
 }
 
-// The project weights as rows [width][co]: in place where they already are.
-template <class T>
-inline const T* project_rows_of(const Geometry& g, const CandidatePlan<T>& c, Scratch& scratch,
-                                const Threads& threads) {
-  const Weight<const T>& weight = c.weights->project;
-  if (weight.stride == 1 && weight.mid_stride == g.co) return weight.data;
-  T* rows = scratch.take<T>(c.padded * g.co);
+// Weight rows [width][padded count] for project_tile: in place where they already are, else packed in
+// scratch.
+template <class E>
+inline const Packed<E>* rows_of(const Weight<const Compute<E>>& weight, const Compute<E>* scale,
+                                const CandidatePlan<E>& c, int64_t count, int64_t padded_count,
+                                Scratch& scratch, const Threads& threads) {
+  if constexpr (sizeof(E) == sizeof(Packed<E>) && kDepth<E> == 1) {
+    if (!scale && weight.stride == 1 && weight.mid_stride == padded_count) return weight.data;
+  }
+  Packed<E>* rows = scratch.take<Packed<E>>(c.padded * padded_count);
   parallel(threads, [&](int thread) {
-    const Range range = share(c.padded, thread, threads.count);
-    pack_rows(weight, c.width, range.begin, range.end, g.out_channels, g.co, rows);
+    const Range range = share_pairs(c.padded, thread, threads.count);
+    pack_rows<E>(weight, scale, c.width, range.begin, range.end, count, padded_count, rows);
   });
   return rows;
 }
 
 // y3 and BN3's statistics.
-template <class T>
-inline void forward_project(const LayerPlan<T>& plan, const CandidatePlan<T>& c, bool training, double eps,
-                            const BatchStatistics<T>& statistics, const Threads& threads) {
+template <class E>
+inline void forward_project(const LayerPlan<E>& plan, const CandidatePlan<E>& c, bool training, double eps,
+                            const BatchStatistics<Compute<E>>& statistics, const Threads& threads) {
+  using T = Compute<E>;
   const Geometry& g = plan.g;
   Scratch scratch;
-  const T* rows = project_rows_of(g, c, scratch, threads);
+  const Packed<E>* rows = rows_of<E>(c.weights->project, nullptr, c, g.out_channels, g.co, scratch, threads);
   double* parts = scratch.zeros<double>(threads.count * 2 * g.co);
   parallel(threads, [&](int thread) {
     Scratch local;
-    T* tile = local.take<T>(Blocking<T>::planes * kBlock * kLanes);
+    E* tile = local.take<E>(Blocking<T>::planes * kBlock * kLanes);
     double* sums = parts + thread * 2 * g.co;
     const Range range = share(g.m2, thread, threads.count);
     for_blocks(g, c.gate != nullptr, range.begin, range.end, [&](int64_t m0, int64_t count, int64_t n) {
@@ -248,7 +279,7 @@ inline void forward_project(const LayerPlan<T>& plan, const CandidatePlan<T>& c,
       for_chunks<T>(0, c.planes, [&](Chunk chunk) {
         load_projected(g, c, chunk, m0, count, n, tile);
         const int64_t channel = chunk.plane * kLanes;
-        project_tile<T>(count, g.co, tile, kBlock * kLanes, minimum(chunk.planes * kLanes, c.width - channel),
+        project_tile<E>(count, g.co, tile, kBlock * kLanes, minimum(chunk.planes * kLanes, c.width - channel),
                         rows + channel * g.co, g.co, y3, g.co, channel > 0);
       });
       if (training) add_moments(y3, g.co, count, g.co, sums, sums + g.co);
@@ -262,17 +293,19 @@ inline void forward_project(const LayerPlan<T>& plan, const CandidatePlan<T>& c,
               c.bias3, statistics.mean3, statistics.var3);
 }
 
-template <class T>
-inline void run_forward(const Layer<T>& layer, const T* x, T* out, T* saved,
-                        const BatchStatistics<T>& statistics, bool training, const Threads& threads) {
+template <class E>
+inline void run_forward(const Layer<Compute<E>>& layer, const E* x, E* out, void* saved,
+                        const BatchStatistics<Compute<E>>& statistics, bool training,
+                        const Threads& threads) {
+  using T = Compute<E>;
   Scratch scratch;
-  LayerPlan<T>& plan = *scratch.take<LayerPlan<T>>(1);
-  make_plan(layer, saved, plan, training);
+  LayerPlan<E>& plan = *scratch.take<LayerPlan<E>>(1);
+  make_plan<E>(layer, saved, plan, training);
   const Geometry& g = plan.g;
-  const T* padded = padded_narrow(x, g.m, g.in_channels, g.ci, scratch, threads);
+  const E* padded = padded_narrow(x, g.m, g.in_channels, g.ci, scratch, threads);
   if (training && plan.covariance) moments(g, padded, plan.mean_x, plan.covariance, threads);
   for (int i = 0; i < plan.count; ++i) {
-    const CandidatePlan<T>& c = plan.candidates[i];
+    const CandidatePlan<E>& c = plan.candidates[i];
     if (plan.design == Design::channels) {
       parallel(threads, [&](int thread) {
         const Range range = share(c.planes, thread, threads.count);

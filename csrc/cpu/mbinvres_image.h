@@ -37,7 +37,7 @@ inline int64_t rows_per_strip(const Geometry& g, int kernel, int buffers) {
   const int64_t row = (g.width + 2 * (kernel / 2)) * kLanes * static_cast<int64_t>(sizeof(T));
   int64_t rows = 320 * 1024 / (row * Blocking<T>::planes * buffers) - kernel;
   rows = maximum<int64_t>(2 * g.stride, rows);
-  return minimum(rows - rows % g.stride, g.height);
+  return minimum(rows - rows % 2, g.height);  // whole strides, and whole pairs of pixels
 }
 
 // Output rows of the depthwise convolution that input rows 0 .. rows - 1 complete.
@@ -89,15 +89,16 @@ TFNAS_INLINE void add_lanes(typename Simd<T>::V values, double* out) {
 }
 
 // What a chunk needs in either direction. Weights are those of the chunk's first plane.
-template <class T>
+template <class E>
 struct ChunkWeights {
-  const T* expand;     // strips: folded, channels: as they are; [planes][ci][16]
-  const T* depthwise;  // [planes][k * k][16]
-  const T* flipped;    // backward, stride 1: the same with rows and columns reversed
+  using T = Compute<E>;
+  const Packed<E>* expand;  // strips: [planes][ci][16]
+  const T* depthwise;       // [planes][k * k][16]
+  const T* flipped;         // backward, stride 1: the same with rows and columns reversed
 };
 
-template <class T>
-inline void pack_depthwise(const CandidatePlan<T>& c, int64_t plane, T* out, T* flipped) {
+template <class E>
+inline void pack_depthwise(const CandidatePlan<E>& c, int64_t plane, Compute<E>* out, Compute<E>* flipped) {
   const int64_t taps = c.kernel * c.kernel;
   pack_plane(c.weights->depthwise, c.width, plane, taps, taps, out);
   if (!flipped) return;
@@ -105,9 +106,11 @@ inline void pack_depthwise(const CandidatePlan<T>& c, int64_t plane, T* out, T* 
 }
 
 // a1 of input rows [r0, r1) of image n into the ring.
-template <class T>
-inline void fill_forward(const LayerPlan<T>& plan, const CandidatePlan<T>& c, Chunk chunk, int64_t n,
-                         const T* x, const T* expand, int64_t r0, int64_t r1, const Ring<T>& ring, T* tile) {
+template <class E>
+inline void fill_forward(const LayerPlan<E>& plan, const CandidatePlan<E>& c, Chunk chunk, int64_t n,
+                         const E* x, const Packed<E>* expand, int64_t r0, int64_t r1,
+                         const Ring<Compute<E>>& ring, Compute<E>* tile) {
+  using T = Compute<E>;
   const Geometry& g = plan.g;
   const int64_t first = r0 * g.width, count = (r1 - r0) * g.width;
   if (!c.expands) {
@@ -115,7 +118,7 @@ inline void fill_forward(const LayerPlan<T>& plan, const CandidatePlan<T>& c, Ch
       const int64_t channel = (chunk.plane + v) * kLanes;
       const bool whole = channel + kLanes <= g.ci;
       for_runs(first, count, g.width, [&](int64_t i, int64_t length, int64_t y, int64_t column) {
-        const T* in = x + (n * g.pixels + first + i) * g.ci + channel;
+        const E* in = x + (n * g.pixels + first + i) * g.ci + channel;
         T* out = ring.pixel(v, y, column);
         for (int64_t j = 0; j < length; ++j) {
           if (whole) {
@@ -129,37 +132,32 @@ inline void fill_forward(const LayerPlan<T>& plan, const CandidatePlan<T>& c, Ch
     }
     return;
   }
+  const bool channels = plan.design == Design::channels;
   with_act(g.act, [&](auto act) {
     constexpr Act A = decltype(act)::value;
-    if (plan.design == Design::channels) {
-      for (int v = 0; v < chunk.planes; ++v) {
-        const int64_t channel = (chunk.plane + v) * kLanes;
-        const auto mean = load(c.mean1 + channel), rstd = load(c.rstd1 + channel),
-                   gain = load(c.gain1 + channel), bias = load(c.bias1 + channel);
-        T* h = c.h1 + ((chunk.plane + v) * g.m + n * g.pixels + first) * kLanes;
-        for_runs(first, count, g.width, [&](int64_t i, int64_t length, int64_t y, int64_t column) {
-          T* out = ring.pixel(v, y, column);
-          for (int64_t j = 0; j < length; ++j) {
-            const auto normalised = mul(sub(load(h + (i + j) * kLanes), mean), rstd);
-            store(h + (i + j) * kLanes, normalised);
-            store(out + j * kLanes, activate<T, A>(fma(normalised, gain, bias)));
-          }
-        });
-      }
-      return;
-    }
     for (int64_t m0 = 0; m0 < count; m0 += kBlock) {
       const int64_t block = minimum(kBlock, count - m0);
-      expand_tile<T>(chunk.planes, block, x + (n * g.pixels + first + m0) * g.ci, g.ci, g.in_channels, expand,
-                     g.ci * kLanes, tile, kBlock * kLanes);
+      if (!channels)
+        expand_tile<E>(chunk.planes, block, x + (n * g.pixels + first + m0) * g.ci, g.ci, g.in_channels,
+                       expand, g.ci * kLanes, tile, kBlock * kLanes);
       for (int v = 0; v < chunk.planes; ++v) {
-        const auto bias = load(c.bias1 + (chunk.plane + v) * kLanes);
-        const T* h = tile + v * kBlock * kLanes;
-        for_runs(first + m0, block, g.width, [&](int64_t i, int64_t length, int64_t y, int64_t column) {
-          T* out = ring.pixel(v, y, column);
-          for (int64_t j = 0; j < length; ++j)
-            store(out + j * kLanes, activate<T, A>(add(load(h + (i + j) * kLanes), bias)));
-        });
+        const int64_t plane = chunk.plane + v, channel = plane * kLanes;
+        const auto mean = load(c.mean1 + channel), bias = load(c.bias1 + channel),
+                   scale = mul(load(c.gain1 + channel), load(c.rstd1 + channel));
+        auto fill = [&](const auto* y1) {
+          for_runs(first + m0, block, g.width, [&](int64_t i, int64_t length, int64_t y, int64_t column) {
+            T* out = ring.pixel(v, y, column);
+            for (int64_t j = 0; j < length; ++j) {
+              const auto centred = sub(load(y1 + (i + j) * kLanes), mean);
+              store(out + j * kLanes, activate<T, A>(fma(centred, scale, bias)));
+            }
+          });
+        };
+        if (channels) {
+          fill(c.y1 + (plane * g.m + n * g.pixels + first + m0) * kLanes);
+        } else {
+          fill(tile + v * kBlock * kLanes);
+        }
       }
     }
   });
@@ -171,10 +169,11 @@ inline int64_t forward_memory(const Geometry& g, int kernel, int64_t strip_rows)
   return Ring<T>::size(Blocking<T>::planes, strip_rows + kernel, g.width, kernel / 2) +
          (g.width + 2 * kernel) * kLanes + Blocking<T>::planes * kBlock * kLanes;
 }
-template <class T>
-inline void forward_image(const LayerPlan<T>& plan, const CandidatePlan<T>& c, Chunk chunk, int64_t n,
-                          const T* x, const ChunkWeights<T>& weights, int64_t strip_rows, T* memory,
-                          PlaneMoments<T>* moments, bool first_image) {
+template <class E>
+inline void forward_image(const LayerPlan<E>& plan, const CandidatePlan<E>& c, Chunk chunk, int64_t n,
+                          const E* x, const ChunkWeights<E>& weights, int64_t strip_rows, Compute<E>* memory,
+                          PlaneMoments<Compute<E>>* moments, bool first_image) {
+  using T = Compute<E>;
   const Geometry& g = plan.g;
   const int64_t taps = c.kernel * c.kernel;
   T* zero_row = memory;
@@ -189,7 +188,7 @@ inline void forward_image(const LayerPlan<T>& plan, const CandidatePlan<T>& c, C
     with_kernel(c.kernel, g.stride, [&](auto kernel, auto stride) {
       constexpr int K = decltype(kernel)::value, S = decltype(stride)::value;
       for (int v = 0; v < chunk.planes; ++v) {
-        T* y2 = c.y2 + ((chunk.plane + v) * g.m2 + n * g.out_pixels) * kLanes;
+        E* y2 = c.y2 + ((chunk.plane + v) * g.m2 + n * g.out_pixels) * kLanes;
         PlaneMoments<T>& plane = moments[v];
         for (int64_t y = done; y < end; ++y) {
           const T* in[K];
@@ -197,7 +196,7 @@ inline void forward_image(const LayerPlan<T>& plan, const CandidatePlan<T>& c, C
             const int64_t row = y * S - K / 2 + i;
             in[i] = row < 0 || row >= g.height ? zero_row : ring.at(v, row);
           }
-          T* out = y2 + y * g.out_width * kLanes;
+          E* out = y2 + y * g.out_width * kLanes;
           auto sum = plane.sum, squares = plane.squares;
           if (first_image && y == 0) {  // any value of the map is a good centre for its sums
             auto ignored = splat(T(0)), ignored_too = ignored;

@@ -10,22 +10,56 @@ namespace tfnas::TFNAS_ISA {
 constexpr int64_t kNarrowBlock = 256;  // pixels summed in T before the sums go on in double
 
 // `x` with channels padded by zeros to a multiple of 8; `x` itself where there is nothing to pad.
-template <class T>
-inline const T* padded_narrow(const T* x, int64_t pixels, int64_t channels, int64_t padded, Scratch& scratch,
+template <class E>
+inline const E* padded_narrow(const E* x, int64_t pixels, int64_t channels, int64_t padded, Scratch& scratch,
                               const Threads& threads) {
   if (channels == padded) return x;
-  T* out = scratch.take<T>(pixels * padded);
+  E* out = scratch.take<E>(pixels * padded);
   parallel(threads, [&](int thread) {
     const Range range = share(pixels, thread, threads.count);
     for (int64_t m = range.begin; m < range.end; ++m)
-      for (int64_t c = 0; c < padded; ++c) out[m * padded + c] = c < channels ? x[m * channels + c] : T(0);
+      for (int64_t c = 0; c < padded; ++c) out[m * padded + c] = c < channels ? x[m * channels + c] : E{};
   });
   return out;
 }
 
+// A narrow tensor as outer_tile reads it: groups of pixels that no block crosses, paired at depth 2.
+template <class E>
+struct PixelPairs {
+  const E* data;
+  int64_t group, channels;  // elements of a group; channels of a pixel
+
+  // From pixel `m` of group `n` on; at depth 2 `m` is even.
+  const E* at(int64_t n, int64_t m) const { return data + n * group + m * channels; }
+};
+
+template <class E>
+inline PixelPairs<E> pair_narrow(const E* narrow, int64_t groups, int64_t pixels, int64_t channels,
+                                 Scratch& scratch, const Threads& threads) {
+  if constexpr (kDepth<E> == 1) {
+    return {narrow, pixels * channels, channels};
+  } else {
+    const int64_t pairs = (pixels + 1) / 2, group = 2 * pairs * channels;
+    E* out = scratch.take<E>(groups * group);
+    parallel(threads, [&](int thread) {
+      const Range range = share(groups * pairs, thread, threads.count);
+      for (int64_t i = range.begin; i < range.end; ++i) {
+        const int64_t n = i / pairs, m = 2 * (i % pairs);
+        const E* first = narrow + (n * pixels + m) * channels;
+        for (int64_t c = 0; c < channels; c += 8) {
+          const auto low = load_half(first + c);
+          const auto high = m + 1 < pixels ? load_half(first + channels + c) : splat_half(0.f);
+          store_pairs(out + n * group + m * channels + 2 * c, low, high);
+        }
+      }
+    });
+    return {out, group, channels};
+  }
+}
+
 // Sums over a pixel range of 8 channels: a += first, b += first * (second - shift).
-template <class T>
-TFNAS_INLINE void paired_sums(const T* first, const T* second, const T* shift, int64_t stride, int64_t pixels,
+template <class E, class T>
+TFNAS_INLINE void paired_sums(const E* first, const T* second, const T* shift, int64_t stride, int64_t pixels,
                               double* a, double* b) {
   using H = typename Simd<T>::H;
   H sum[2] = {splat_half(T(0)), splat_half(T(0))}, product[2] = {sum[0], sum[0]};
@@ -52,9 +86,10 @@ TFNAS_INLINE void paired_sums(const T* first, const T* second, const T* shift, i
 
 // Per-channel sums of `values` and of their squares, made about the first pixel (so that a large mean costs
 // no digits).
-template <class T>
-TFNAS_INLINE void add_moments(const T* values, int64_t stride, int64_t pixels, int64_t channels, double* sum,
+template <class E>
+TFNAS_INLINE void add_moments(const E* values, int64_t stride, int64_t pixels, int64_t channels, double* sum,
                               double* sum_squares) {
+  using T = Compute<E>;
   using H = typename Simd<T>::H;
   for (int64_t c = 0; c < channels; c += 8) {
     const H shift = load_half(values + c);
@@ -68,7 +103,7 @@ TFNAS_INLINE void add_moments(const T* values, int64_t stride, int64_t pixels, i
     store(ss, s);
     store(qq, q);
     for (int i = 0; i < 8; ++i) {
-      const double k = values[c + i], total = ss[i];
+      const double k = to_compute(values[c + i]), total = ss[i];
       sum[c + i] += total + pixels * k;
       sum_squares[c + i] += qq[i] + 2 * k * total + pixels * k * k;
     }
@@ -105,8 +140,10 @@ inline void given_norm(const NormView<T>& norm, int64_t channels, int64_t padded
 }
 
 // Mean [ci] and centred second moment [ci][ci] of x.
-template <class T>
-inline void moments(const Geometry& g, const T* x, T* mean, T* covariance, const Threads& threads) {
+template <class E>
+inline void moments(const Geometry& g, const E* x, Compute<E>* mean, Compute<E>* covariance,
+                    const Threads& threads) {
+  using T = Compute<E>;
   Scratch scratch;
   const int64_t ci = g.ci, planes = (ci + kLanes - 1) / kLanes, size = planes * kLanes * ci;
   double* sums = scratch.zeros<double>(threads.count * 2 * ci);
@@ -152,16 +189,17 @@ inline void moments(const Geometry& g, const T* x, T* mean, T* covariance, const
 
 // out [pixels][channels, not padded] = sum_i mix_i BN3_i(y3_i) + weight * residual: every term's mean removed
 // before its scale.
-template <class T>
-inline void finish_output(const LayerPlan<T>& plan, const T* mix, const T* residual, T weight, T* out,
-                          const Threads& threads) {
+template <class E>
+inline void finish_output(const LayerPlan<E>& plan, const Compute<E>* mix, const E* residual,
+                          Compute<E> weight, E* out, const Threads& threads) {
   const Geometry& g = plan.g;
+  using T = Compute<E>;
   using H = typename Simd<T>::H;
   Scratch scratch;
   T* scale = scratch.take<T>(plan.count * g.co);
   T* offset = scratch.zeros<T>(g.co);
   for (int i = 0; i < plan.count; ++i) {
-    const CandidatePlan<T>& c = plan.candidates[i];
+    const CandidatePlan<E>& c = plan.candidates[i];
     const T share = mix ? mix[i] : T(1);
     for (int64_t j = 0; j < g.co; ++j) {
       scale[i * g.co + j] = share * c.rstd3[j] * c.gain3[j];
@@ -174,7 +212,7 @@ inline void finish_output(const LayerPlan<T>& plan, const T* mix, const T* resid
       for (int64_t j = 0; j < g.co; j += 8) {
         H value = load_half(offset + j);
         for (int i = 0; i < plan.count; ++i) {
-          const CandidatePlan<T>& c = plan.candidates[i];
+          const CandidatePlan<E>& c = plan.candidates[i];
           const H centred = sub(load_half(c.y3 + m * g.co + j), load_half(c.mean3 + j));
           value = fma(centred, load_half(scale + i * g.co + j), value);
         }
@@ -182,7 +220,7 @@ inline void finish_output(const LayerPlan<T>& plan, const T* mix, const T* resid
         if (j + 8 <= g.out_channels) {
           store(out + m * g.out_channels + j, value);
         } else {
-          T tail[8];
+          E tail[8];
           store(tail, value);
           for (int64_t c = j; c < g.out_channels; ++c) out[m * g.out_channels + c] = tail[c - j];
         }
@@ -193,9 +231,10 @@ inline void finish_output(const LayerPlan<T>& plan, const T* mix, const T* resid
 
 // Backward of candidate i's third batch norm: dy3 [m2][co] = mix gain rstd (dout - mean(dout) - h3 mean(dout
 // h3)). `sums` [2][co] become sum(dout) and sum(dout h3), h3 being the normalised y3.
-template <class T>
-inline void backward_norm3(const Geometry& g, const CandidatePlan<T>& c, T mix, const T* dout, T* dy3,
-                           double* sums, const Threads& threads) {
+template <class E>
+inline void backward_norm3(const Geometry& g, const CandidatePlan<E>& c, Compute<E> mix, const E* dout,
+                           E* dy3, double* sums, const Threads& threads) {
+  using T = Compute<E>;
   Scratch scratch;
   double* parts = scratch.zeros<double>(threads.count * 2 * g.co);
   parallel(threads, [&](int thread) {
@@ -231,9 +270,9 @@ inline void backward_norm3(const Geometry& g, const CandidatePlan<T>& c, T mix, 
 }
 
 // dx [pixels][channels, not padded] = sum of `count` partial results + weight * residual.
-template <class T>
-inline void sum_parts(const T* const* parts, int count, const T* residual, T weight, int64_t pixels,
-                      int64_t channels, int64_t padded, T* dx, const Threads& threads) {
+template <class E, class T>
+inline void sum_parts(const T* const* parts, int count, const E* residual, T weight, int64_t pixels,
+                      int64_t channels, int64_t padded, E* dx, const Threads& threads) {
   parallel(threads, [&](int thread) {
     const Range range = share(pixels, thread, threads.count);
     for (int64_t m = range.begin; m < range.end; ++m) {
@@ -244,7 +283,7 @@ inline void sum_parts(const T* const* parts, int count, const T* residual, T wei
         if (j + 8 <= channels) {
           store(dx + m * channels + j, value);
         } else {
-          T tail[8];
+          E tail[8];
           store(tail, value);
           for (int64_t c = j; c < channels; ++c) dx[m * channels + c] = tail[c - j];
         }

@@ -1,8 +1,7 @@
 // Sizes of a layer, the layout of what forward saves for backward, and scratch memory.
 #pragma once
 
-#include "cpu/mbinvres.h"
-#include "cpu/mbinvres_simd.h"
+#include "cpu/mbinvres_bf16.h"
 
 namespace tfnas::TFNAS_ISA {
 
@@ -43,6 +42,11 @@ struct Range {
 TFNAS_INLINE Range share(int64_t total, int thread, int count) {
   return {total * thread / count, total * (thread + 1) / count};
 }
+// The same in whole pairs.
+TFNAS_INLINE Range share_pairs(int64_t total, int thread, int count) {
+  const Range pairs = share((total + 1) / 2, thread, count);
+  return {2 * pairs.begin, 2 * pairs.end < total ? 2 * pairs.end : total};
+}
 
 struct Geometry {
   int64_t batch, height, width, out_height, out_width;
@@ -56,19 +60,18 @@ struct Geometry {
 };
 
 // A candidate's sizes and its part of the saved memory. Vectors have `padded` entries; channels beyond the
-// width are zero throughout, so that they change nothing.
-template <class T>
+// width are zero throughout, so that they change nothing. h = (y - mean) rstd gain + bias in every norm.
+template <class E>
 struct CandidatePlan {
+  using T = Compute<E>;
   const Candidate<T>* weights;
   int64_t width, planes, padded;
   int kernel, pad;
   bool expands;
-  T* y2;  // [planes][m2][16]
-  T* h1;  // channels: normalised y1, [planes][m][16]; else null
-  T *mean1, *rstd1, *gain1,
-      *bias1;  // channels: h1 = gain1 * normalised + bias1; strips: h1 = folded x + bias1
+  E* y2;                             // [planes][m2][16]
+  E* y1;                             // channels: [planes][m][16]; else null
+  T *mean1, *rstd1, *gain1, *bias1;  // [padded]
   T *mean2, *rstd2, *gain2, *bias2;
-  T* folded;                         // strips: gain1 rstd1 W1, [planes][ci][16]
   T* y3;                             // [m2][co]
   T *mean3, *rstd3, *gain3, *bias3;  // [co]
   T *pooled, *gate;                  // SE: [batch][padded]
@@ -76,14 +79,14 @@ struct CandidatePlan {
   int64_t se_padded;
 };
 
-template <class T>
+template <class E>
 struct LayerPlan {
   Geometry g;
   Design design;
   int count;
-  T *mean_x, *covariance;  // strips: [ci], [ci][ci]
-  CandidatePlan<T> candidates[kMaxCandidates];
-  int64_t saved;
+  Compute<E>*mean_x, *covariance;  // strips: [ci], [ci][ci]
+  CandidatePlan<E> candidates[kMaxCandidates];
+  int64_t saved;  // bytes
 };
 
 inline Geometry geometry_of(int64_t batch, int64_t height, int64_t width, int64_t in_channels,
@@ -101,18 +104,19 @@ inline Geometry geometry_of(int64_t batch, int64_t height, int64_t width, int64_
 
 // Lays the saved memory out from `base`; with a null base only the size is of use. `clear` zeroes what lies
 // between its parts, so that equal inputs save equal bits. The size is also in tfnas_ext/operators.py.
-template <class T>
-inline void make_plan(const Layer<T>& layer, T* base, LayerPlan<T>& plan, bool clear = false) {
+template <class E>
+inline void make_plan(const Layer<Compute<E>>& layer, void* base, LayerPlan<E>& plan, bool clear = false) {
+  using T = Compute<E>;
   Geometry& g = plan.g = geometry_of(layer.batch, layer.height, layer.width, layer.in_channels,
                                      layer.out_channels, layer.stride);
   g.act = layer.act, g.se_act = layer.se_act, g.se_gate = layer.se_gate;
   int64_t used = 0;
-  auto carve = [&](int64_t count) {
-    T* result = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + used * sizeof(T));
-    const int64_t gap = round_up(count, 16) - count;
-    if (clear && gap > 0) std::memset(result + count, 0, gap * sizeof(T));
-    used += count + gap;
-    return result;
+  auto carve = [&](int64_t count, auto** tensor) {
+    using Number = std::remove_reference_t<decltype(**tensor)>;
+    *tensor = reinterpret_cast<Number*>(reinterpret_cast<uintptr_t>(base) + used);
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(Number)), gap = round_up(bytes, 64) - bytes;
+    if (clear && gap > 0) std::memset(*tensor + count, 0, gap);
+    used += bytes + gap;
   };
   plan.count = layer.count;
   plan.design = layer.design == Design::choose ? choose_design(g.m) : layer.design;
@@ -121,27 +125,30 @@ inline void make_plan(const Layer<T>& layer, T* base, LayerPlan<T>& plan, bool c
   if (!expands) plan.design = Design::strips;  // no BN1: nothing that a channel group could keep to itself
   const bool channels = plan.design == Design::channels;
   plan.mean_x = plan.covariance = nullptr;
-  if (!channels && expands) plan.mean_x = carve(g.ci), plan.covariance = carve(g.ci * g.ci);
+  if (!channels && expands) carve(g.ci, &plan.mean_x), carve(g.ci * g.ci, &plan.covariance);
   for (int i = 0; i < layer.count; ++i) {
     const Candidate<T>& weights = layer.candidates[i];
-    CandidatePlan<T>& c = plan.candidates[i];
+    CandidatePlan<E>& c = plan.candidates[i];
     c.weights = &weights;
     c.width = weights.width, c.planes = (c.width + kLanes - 1) / kLanes, c.padded = c.planes * kLanes;
     c.kernel = weights.kernel_size, c.pad = c.kernel / 2;
     c.expands = weights.expand.data != nullptr;
-    c.y2 = carve(c.planes * g.m2 * kLanes);
-    c.h1 = channels && c.expands ? carve(c.planes * g.m * kLanes) : nullptr;
+    c.y1 = nullptr;
+    carve(c.planes * g.m2 * kLanes, &c.y2);
+    if (channels && c.expands) carve(c.planes * g.m * kLanes, &c.y1);
     T** vectors[8] = {&c.mean1, &c.rstd1, &c.gain1, &c.bias1, &c.mean2, &c.rstd2, &c.gain2, &c.bias2};
-    for (int v = 0; v < 8; ++v) *vectors[v] = v >= 4 || c.expands ? carve(c.padded) : nullptr;
-    c.folded = !channels && c.expands ? carve(c.planes * g.ci * kLanes) : nullptr;
-    c.y3 = carve(g.m2 * g.co);
+    for (int v = 0; v < 8; ++v) {
+      *vectors[v] = nullptr;
+      if (v >= 4 || c.expands) carve(c.padded, vectors[v]);
+    }
+    carve(g.m2 * g.co, &c.y3);
     T** narrow[4] = {&c.mean3, &c.rstd3, &c.gain3, &c.bias3};
-    for (T** vector : narrow) *vector = carve(g.co);
+    for (T** vector : narrow) carve(g.co, vector);
     c.pooled = c.gate = c.squeezed = c.hidden = nullptr;
     c.se_padded = round_up(weights.se_channels, kLanes);
     if (weights.se_channels > 0) {
-      c.pooled = carve(g.batch * c.padded), c.gate = carve(g.batch * c.padded);
-      c.squeezed = carve(g.batch * c.se_padded), c.hidden = carve(g.batch * c.se_padded);
+      carve(g.batch * c.padded, &c.pooled), carve(g.batch * c.padded, &c.gate);
+      carve(g.batch * c.se_padded, &c.squeezed), carve(g.batch * c.se_padded, &c.hidden);
     }
   }
   plan.saved = used;
@@ -186,15 +193,50 @@ inline void pack_plane(Weight<const T> weight, int64_t width, int64_t plane, int
       out[j * kLanes + c] = rows[c * weight.mid_stride + j * weight.stride];
 }
 
-// All rows of a weight as [padded width][padded count], the right operand of project_tile.
-template <class T>
-inline void pack_rows(Weight<const T> weight, int64_t width, int64_t begin, int64_t end, int64_t count,
-                      int64_t padded_count, T* out) {
-  for (int64_t c = begin; c < end; ++c) {
-    T* row = out + c * padded_count;
-    for (int64_t j = 0; j < padded_count; ++j)
-      row[j] = c < width && j < count ? weight.data[c * weight.mid_stride + j * weight.stride] : T(0);
+// Plane `plane` of a weight (mid, j) packed, [padded count][16], the right operand of expand_tile.
+template <class E>
+inline void pack_columns(Weight<const Compute<E>> weight, int64_t width, int64_t plane, int64_t count,
+                         int64_t padded_count, Packed<E>* out) {
+  if constexpr (kDepth<E> == 1) {
+    pack_plane(weight, width, plane, count, padded_count, out);
+  } else {
+    Scratch scratch;
+    Compute<E>* columns = scratch.take<Compute<E>>(padded_count * kLanes);
+    pack_plane(weight, width, plane, count, padded_count, columns);
+    for (int64_t j = 0; j < padded_count; j += kDepth<E>)
+      store_packed<E>(out + j * kLanes, load(columns + j * kLanes), load(columns + (j + 1) * kLanes));
   }
+}
+
+// All planes packed, in parallel.
+template <class E>
+inline void pack_all_columns(const Weight<const Compute<E>>& weight, const CandidatePlan<E>& c, int64_t count,
+                             int64_t padded_count, Packed<E>* out, const Threads& threads) {
+  parallel(threads, [&](int thread) {
+    const Range range = share(c.planes, thread, threads.count);
+    for (int64_t plane = range.begin; plane < range.end; ++plane)
+      pack_columns<E>(weight, c.width, plane, count, padded_count, out + plane * padded_count * kLanes);
+  });
+}
+
+// Rows [begin, end) of a weight, each times scale[row] where there is a scale, packed as [padded width]
+// [padded count], the right operand of project_tile. `begin` and `end` are even.
+template <class E>
+inline void pack_rows(Weight<const Compute<E>> weight, const Compute<E>* scale, int64_t width, int64_t begin,
+                      int64_t end, int64_t count, int64_t padded_count, Packed<E>* out) {
+  using T = Compute<E>;
+  auto part = [&](int64_t c, int64_t j) {
+    const T* row = weight.data + c * weight.mid_stride;
+    const T factor = scale && c < width ? scale[c] : T(1);
+    if (c < width && weight.stride == 1 && j + 8 <= count) return mul(load_half(row + j), splat_half(factor));
+    T values[8] = {};
+    for (int64_t i = 0; c < width && i < minimum<int64_t>(8, count - j); ++i)
+      values[i] = row[(j + i) * weight.stride] * factor;
+    return load_half(values);
+  };
+  for (int64_t c = begin; c < end; c += kDepth<E>)
+    for (int64_t j = 0; j < padded_count; j += 8)
+      store_packed<E>(out + c * padded_count + j * kDepth<E>, part(c, j), part(c + kDepth<E> - 1, j));
 }
 
 // Rows [begin, end) of a gradient [..][padded count] to where the caller wants it.

@@ -32,18 +32,19 @@ TFNAS_INLINE V gate_slope(Gate kind, V value) {
 }
 
 // Vectors of planes of one chunk, [batch][padded], as a tile [planes][batch][16] for the matrix products.
-template <class T>
-inline void gather_tile(const Geometry& g, const CandidatePlan<T>& c, Chunk chunk, const T* vectors,
-                        T* tile) {
+template <class E>
+inline void gather_tile(const Geometry& g, const CandidatePlan<E>& c, Chunk chunk, const Compute<E>* vectors,
+                        Compute<E>* tile) {
   for (int v = 0; v < chunk.planes; ++v)
     for (int64_t n = 0; n < g.batch; ++n)
       store(tile + (v * g.batch + n) * kLanes, load(vectors + n * c.padded + (chunk.plane + v) * kLanes));
 }
 
 // out [batch][16 columns padded] of a thread += tile of the chunk times rows of `weight` [width][columns].
-template <class T>
-inline void add_rows(const Geometry& g, const CandidatePlan<T>& c, Chunk chunk, const T* tile,
-                     Weight<const T> weight, T* out) {
+template <class E>
+inline void add_rows(const Geometry& g, const CandidatePlan<E>& c, Chunk chunk, const Compute<E>* tile,
+                     Weight<const Compute<E>> weight, Compute<E>* out) {
+  using T = Compute<E>;
   const int64_t se = c.weights->se_channels, columns = round_up(se, 8), channel = chunk.plane * kLanes;
   const int64_t count = minimum(chunk.planes * kLanes, c.width - channel);
   Scratch scratch;
@@ -52,16 +53,17 @@ inline void add_rows(const Geometry& g, const CandidatePlan<T>& c, Chunk chunk, 
   if (weight.stride != 1 || columns != se) {
     T* packed = scratch.take<T>(chunk.planes * kLanes * columns);
     weight.data = rows;
-    pack_rows(weight, count, 0, count, se, columns, packed);
+    pack_rows<T>(weight, nullptr, count, 0, count, se, columns, packed);
     rows = packed, stride = columns;
   }
   project_tile<T>(g.batch, columns, tile, g.batch * kLanes, count, rows, stride, out, c.se_padded, true);
 }
 
 // Tile of the chunk = `vectors` [batch][se padded] times the columns of `weight` [width][se].
-template <class T>
-inline void times_columns(const Geometry& g, const CandidatePlan<T>& c, Chunk chunk, const T* vectors,
-                          Weight<const T> weight, T* tile) {
+template <class E>
+inline void times_columns(const Geometry& g, const CandidatePlan<E>& c, Chunk chunk,
+                          const Compute<E>* vectors, Weight<const Compute<E>> weight, Compute<E>* tile) {
+  using T = Compute<E>;
   const int64_t se = c.weights->se_channels;
   Scratch scratch;
   T* packed = scratch.take<T>(chunk.planes * se * kLanes);
@@ -72,9 +74,10 @@ inline void times_columns(const Geometry& g, const CandidatePlan<T>& c, Chunk ch
 }
 
 // Gradient [width][se] of a weight for the channels of the chunk: its tile, transposed, times `vectors`.
-template <class T>
-inline void write_outer(const Geometry& g, const CandidatePlan<T>& c, Chunk chunk, const T* tile,
-                        const T* vectors, Weight<T> out) {
+template <class E>
+inline void write_outer(const Geometry& g, const CandidatePlan<E>& c, Chunk chunk, const Compute<E>* tile,
+                        const Compute<E>* vectors, Weight<Compute<E>> out) {
+  using T = Compute<E>;
   Scratch scratch;
   const int64_t channel = chunk.plane * kLanes;
   T* sums = scratch.zeros<T>(chunk.planes * kLanes * c.se_padded);
@@ -86,9 +89,9 @@ inline void write_outer(const Geometry& g, const CandidatePlan<T>& c, Chunk chun
 }
 
 // out [batch][se padded] = sum over threads of `parts` (+ bias).
-template <class T>
-inline void sum_squeezed(const Geometry& g, const CandidatePlan<T>& c, const T* parts, int count,
-                         const T* bias, T* out) {
+template <class E>
+inline void sum_squeezed(const Geometry& g, const CandidatePlan<E>& c, const Compute<E>* parts, int count,
+                         const Compute<E>* bias, Compute<E>* out) {
   const int64_t size = g.batch * c.se_padded;
   for (int64_t i = 0; i < size; i += kLanes) {
     auto sum = load(parts + i);
@@ -100,8 +103,9 @@ inline void sum_squeezed(const Geometry& g, const CandidatePlan<T>& c, const T* 
 }
 
 // pooled -> squeezed, hidden, gate.
-template <class T>
-inline void forward_se(const Geometry& g, const CandidatePlan<T>& c, const Threads& threads) {
+template <class E>
+inline void forward_se(const Geometry& g, const CandidatePlan<E>& c, const Threads& threads) {
+  using T = Compute<E>;
   Scratch scratch;
   const int64_t size = g.batch * c.se_padded;
   T* parts = scratch.zeros<T>(threads.count * size);
@@ -140,9 +144,11 @@ inline void forward_se(const Geometry& g, const CandidatePlan<T>& c, const Threa
 
 // dgate [batch][padded] -> dpooled / pixels of an image [batch][padded], and the weight gradients that are
 // wanted.
-template <class T>
-inline void backward_se(const Geometry& g, const CandidatePlan<T>& c, const T* dgate, T* dpooled,
-                        const CandidateGradient<T>* gradient, const Threads& threads) {
+template <class E>
+inline void backward_se(const Geometry& g, const CandidatePlan<E>& c, const Compute<E>* dgate,
+                        Compute<E>* dpooled, const CandidateGradient<Compute<E>>* gradient,
+                        const Threads& threads) {
+  using T = Compute<E>;
   Scratch scratch;
   const int64_t se = c.weights->se_channels, size = g.batch * c.se_padded;
   T* parts = scratch.zeros<T>(threads.count * size);

@@ -5,8 +5,8 @@
 
 namespace tfnas::TFNAS_ISA {
 
-template <class T>
-inline void combine(const T* const* inputs, const T* weights, int count, int64_t size, T* out,
+template <class E>
+inline void combine(const E* const* inputs, const Compute<E>* weights, int count, int64_t size, E* out,
                     const Threads& threads) {
   parallel(threads, [&](int thread) {
     const Range range = share(size, thread, threads.count);
@@ -17,15 +17,16 @@ inline void combine(const T* const* inputs, const T* weights, int count, int64_t
       store(out + i, value);
     }
     for (; i < range.end; ++i) {
-      T value = weights[0] * inputs[0][i];
-      for (int j = 1; j < count; ++j) value += weights[j] * inputs[j][i];
-      out[i] = value;
+      Compute<E> value = weights[0] * to_compute(inputs[0][i]);
+      for (int j = 1; j < count; ++j) value += weights[j] * to_compute(inputs[j][i]);
+      out[i] = to_element<E>(value);
     }
   });
 }
 
-template <class T>
-inline double inner_product(const T* a, const T* b, int64_t size, const Threads& threads) {
+template <class E>
+inline double inner_product(const E* a, const E* b, int64_t size, const Threads& threads) {
+  using T = Compute<E>;
   Scratch scratch;
   constexpr int64_t block = 1024;  // summed in T, blocks in double: the same value at any number of threads
   const int64_t blocks = (size + block - 1) / block;
@@ -41,7 +42,7 @@ inline double inner_product(const T* a, const T* b, int64_t size, const Threads&
       store(lanes, sum);
       double total = 0;
       for (T lane : lanes) total += lane;
-      for (; i < end; ++i) total += static_cast<double>(a[i]) * b[i];
+      for (; i < end; ++i) total += static_cast<double>(to_compute(a[i])) * to_compute(b[i]);
       parts[k] = total;
     }
   });

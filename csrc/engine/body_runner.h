@@ -1,4 +1,4 @@
-// Runs the layers and sinks of a body, forward and backward, in float or double.
+// Runs the layers and sinks of a body, forward and backward, activations being float, double or BFloat16.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,8 +20,10 @@ struct LayerChoice {
   double direct = 0;
 };
 
-template <class T>
+template <class E>
 class BodyRunner {
+  using T = Compute<E>;  // weights, their gradients, mixing weights
+
  public:
   BodyRunner(const BodySpec& spec, const std::vector<at::Tensor>& weights)
       : spec_(spec), weights_(weights), threads_(torch_threads()) {}
@@ -29,11 +31,11 @@ class BodyRunner {
   // `choose(l)` gives layer l's choice. Writes the last stage's output to `out`; fills `tape` from `memory`.
   // Without `keep` only activations stay, what the kernels save is dropped after each layer.
   template <class F>
-  void forward(const T* x, int64_t batch, int64_t height, int64_t width, F&& choose, const Rows& v, bool keep,
-               MemoryStack& memory, BodyTape& tape, T* out) const {
+  void forward(const E* x, int64_t batch, int64_t height, int64_t width, F&& choose, const Rows& v, bool keep,
+               MemoryStack& memory, BodyTape& tape, E* out) const {
     tape.layers.resize(spec_.layers.size());
     int64_t index = 0;
-    const T* current = x;
+    const E* current = x;
     for (size_t s = 0; s < spec_.depths.size(); ++s) {
       const int64_t first = index;
       int64_t size = 0;
@@ -53,24 +55,24 @@ class BodyRunner {
         entry.output = entry.mixed;
         if (layer.gated) {
           entry.output = take(memory, size);
-          const T* inputs[2] = {current, static_cast<const T*>(entry.mixed)};
+          const E* inputs[2] = {current, static_cast<const E*>(entry.mixed)};
           const T gate[2] = {static_cast<T>(v[index][0]), static_cast<T>(v[index][1])};
-          combine(inputs, gate, 2, size, static_cast<T*>(entry.output));
+          combine(inputs, gate, 2, size, static_cast<E*>(entry.output));
         }
-        current = static_cast<const T*>(entry.output);
+        current = static_cast<const E*>(entry.output);
       }
       if (spec_.sinks && (spec_.depths[s] > 1 || v[s][0] != 1)) {
-        std::vector<const T*> inputs;
+        std::vector<const E*> inputs;
         std::vector<T> shares;
         for (int64_t d = 0; d < spec_.depths[s]; ++d) {
-          inputs.push_back(static_cast<const T*>(tape.layers[first + d].output));
+          inputs.push_back(static_cast<const E*>(tape.layers[first + d].output));
           shares.push_back(static_cast<T>(v[s][d]));
         }
-        T* sum = take(memory, size);
+        E* sum = take(memory, size);
         combine(inputs.data(), shares.data(), static_cast<int>(inputs.size()), size, sum);
         current = sum;
       }
-      if (s + 1 == spec_.depths.size()) std::memcpy(out, current, size * sizeof(T));
+      if (s + 1 == spec_.depths.size()) std::memcpy(out, current, size * sizeof(E));
     }
   }
 
@@ -78,17 +80,17 @@ class BodyRunner {
   // where layer l's weight gradients go (null in the mixture); `du` and `dv` (or null) get the gradients of
   // the mixing weights.
   template <class G>
-  void backward(int64_t batch, const BodyTape& tape, const Rows& v, const T* dout, T* dx, bool add_dx,
+  void backward(int64_t batch, const BodyTape& tape, const Rows& v, const E* dout, E* dx, bool add_dx,
                 G&& gradient, Rows* du, Rows* dv) const {
     MemoryStack& memory = scratch_stack_;
     const int64_t mark = memory.mark();
     int64_t largest = batch * tape.layers[0].height * tape.layers[0].width * spec_.layers[0].in_channels;
     for (size_t l = 0; l < spec_.layers.size(); ++l) largest = std::max(largest, out_size(batch, tape, l));
     // of the stage's output, the layer's output, its operations' sum, its input
-    T *stage = take(memory, largest), *current = take(memory, largest), *spare = take(memory, largest),
+    E *stage = take(memory, largest), *current = take(memory, largest), *spare = take(memory, largest),
       *operation = take(memory, largest);
     int64_t index = static_cast<int64_t>(spec_.layers.size());
-    std::memcpy(stage, dout, out_size(batch, tape, index - 1) * sizeof(T));
+    std::memcpy(stage, dout, out_size(batch, tape, index - 1) * sizeof(E));
     for (int64_t s = static_cast<int64_t>(spec_.depths.size()) - 1; s >= 0; --s) {
       const int64_t depth = spec_.depths[s], first = index - depth;
       for (int64_t d = depth - 1; d >= 0; --d) {
@@ -98,8 +100,8 @@ class BodyRunner {
         const int64_t size = out_size(batch, tape, index);
         // of the layer's output: from the sink and from the next layer
         if (spec_.sinks) {
-          if (dv) (*dv)[s][d] = inner(stage, static_cast<const T*>(entry.output), size);
-          const T* inputs[2] = {stage, current};
+          if (dv) (*dv)[s][d] = inner(stage, static_cast<const E*>(entry.output), size);
+          const E* inputs[2] = {stage, current};
           const T shares[2] = {static_cast<T>(v[s][d]), T(1)};
           combine(inputs, shares, d + 1 < depth ? 2 : 1, size, current);
         } else if (d + 1 == depth) {
@@ -107,12 +109,12 @@ class BodyRunner {
         }
         const bool wanted = index > 0 || dx != nullptr;
         const int64_t in_size = batch * entry.height * entry.width * layer.in_channels;
-        T* din = wanted ? spare : nullptr;
-        T* dop = current;
+        E* din = wanted ? spare : nullptr;
+        E* dop = current;
         if (layer.gated) {
           if (dv) {
-            (*dv)[index][0] = inner(current, static_cast<const T*>(entry.input), size);
-            (*dv)[index][1] = inner(current, static_cast<const T*>(entry.mixed), size);
+            (*dv)[index][0] = inner(current, static_cast<const E*>(entry.input), size);
+            (*dv)[index][1] = inner(current, static_cast<const E*>(entry.mixed), size);
           }
           const T share = static_cast<T>(v[index][1]);
           combine(&current, &share, 1, size, operation);
@@ -120,7 +122,7 @@ class BodyRunner {
         }
         backward_layer(index, batch, entry, dop, size, din, gradient(index), du);
         if (layer.gated && wanted) {
-          const T* inputs[2] = {current, din};
+          const E* inputs[2] = {current, din};
           const T shares[2] = {static_cast<T>(v[index][0]), T(1)};
           combine(inputs, shares, 2, in_size, din);
         }
@@ -128,7 +130,7 @@ class BodyRunner {
         if (index == first) {
           std::swap(stage, current);
           if (index == 0 && dx) {
-            const T* inputs[2] = {stage, dx};
+            const E* inputs[2] = {stage, dx};
             const T shares[2] = {T(1), T(1)};
             combine(inputs, shares, add_dx ? 2 : 1, in_size, dx);
           }
@@ -139,8 +141,8 @@ class BodyRunner {
   }
 
  private:
-  static T* take(MemoryStack& memory, int64_t count) {
-    return static_cast<T*>(memory.take(count * static_cast<int64_t>(sizeof(T))));
+  static E* take(MemoryStack& memory, int64_t count) {
+    return static_cast<E*>(memory.take(count * static_cast<int64_t>(sizeof(E))));
   }
   int64_t out_size(int64_t batch, const BodyTape& tape, size_t l) const {
     const LayerSpec& layer = spec_.layers[l];
@@ -148,11 +150,11 @@ class BodyRunner {
     const int64_t width = (tape.layers[l].width + layer.stride - 1) / layer.stride;
     return batch * height * width * layer.out_channels;
   }
-  void combine(const T* const* inputs, const T* shares, int count, int64_t size, T* out) const {
-    vector_kernels_of<T>().combine(inputs, shares, count, size, out, threads_);
+  void combine(const E* const* inputs, const T* shares, int count, int64_t size, E* out) const {
+    vector_kernels_of<E>().combine(inputs, shares, count, size, out, threads_);
   }
-  double inner(const T* a, const T* b, int64_t size) const {
-    return vector_kernels_of<T>().inner_product(a, b, size, threads_);
+  double inner(const E* a, const E* b, int64_t size) const {
+    return vector_kernels_of<E>().inner_product(a, b, size, threads_);
   }
 
   Candidate<T> candidate_of(int64_t index, int64_t which) const {
@@ -209,29 +211,29 @@ class BodyRunner {
         return;
       }
       entry.mixed = take(memory, size);
-      const T* input = static_cast<const T*>(entry.input);
+      const E* input = static_cast<const E*>(entry.input);
       const T share = static_cast<T>(entry.direct);
-      return combine(&input, &share, 1, size, static_cast<T*>(entry.mixed));
+      return combine(&input, &share, 1, size, static_cast<E*>(entry.mixed));
     }
     std::vector<Candidate<T>> candidates;
     std::vector<T> mix;
     const Layer<T> layer = layer_of(index, batch, entry, candidates, mix);
     entry.mixed = take(memory, size);
     const int64_t mark = memory.mark();
-    entry.saved = take(memory, layer_kernels_of<T>().saved_size(layer));
-    layer_kernels_of<T>().forward(layer, static_cast<const T*>(entry.input), static_cast<T*>(entry.mixed),
-                                  static_cast<T*>(entry.saved), BatchStatistics<T>{}, threads_);
+    entry.saved = memory.take(layer_kernels_of<E>().saved_bytes(layer));
+    layer_kernels_of<E>().forward(layer, static_cast<const E*>(entry.input), static_cast<E*>(entry.mixed),
+                                  entry.saved, BatchStatistics<T>{}, threads_);
     if (!keep) memory.release(mark);
   }
 
-  void backward_layer(int64_t index, int64_t batch, const LayerTape& entry, const T* dout, int64_t size,
-                      T* dx, const CandidateGradient<T>* gradient, Rows* du) const {
+  void backward_layer(int64_t index, int64_t batch, const LayerTape& entry, const E* dout, int64_t size,
+                      E* dx, const CandidateGradient<T>* gradient, Rows* du) const {
     const LayerSpec& spec = spec_.layers[index];
     if (du) {
       double along_input = 0;
       bool direct = spec.residual;
       for (const CandidateSpec& candidate : spec.candidates) direct = direct || candidate.skips();
-      if (direct) along_input = inner(dout, static_cast<const T*>(entry.input), size);
+      if (direct) along_input = inner(dout, static_cast<const E*>(entry.input), size);
       for (size_t i = 0; i < spec.candidates.size(); ++i)
         (*du)[index][i] = spec.residual || spec.candidates[i].skips() ? along_input : 0;
     }
@@ -244,9 +246,8 @@ class BodyRunner {
     std::vector<T> mix;
     const Layer<T> layer = layer_of(index, batch, entry, candidates, mix);
     std::vector<T> along(candidates.size());
-    layer_kernels_of<T>().backward(layer, static_cast<const T*>(entry.input),
-                                   static_cast<const T*>(entry.saved), dout, dx, du ? along.data() : nullptr,
-                                   gradient, threads_);
+    layer_kernels_of<E>().backward(layer, static_cast<const E*>(entry.input), entry.saved, dout, dx,
+                                   du ? along.data() : nullptr, gradient, threads_);
     if (!du) return;
     for (size_t i = 0; i < along.size(); ++i) (*du)[index][entry.candidates[i]] += along[i];
   }

@@ -12,12 +12,23 @@
 namespace tfnas {
 namespace {
 
+// f(an element) for the element that activations are made of.
 template <class F>
-auto with_type(const at::Tensor& tensor, F&& f) {
+auto with_element(const at::Tensor& tensor, F&& f) {
   if (tensor.scalar_type() == at::kDouble) return f(double{});
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, "x must be float32 or float64 here, got ",
+  if (tensor.scalar_type() == at::kBFloat16) return f(BFloat16{});
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, "x must be float32, float64 or bfloat16, got ",
                    tensor.scalar_type());
   return f(float{});
+}
+
+template <class E>
+const E* elements_of(const at::Tensor& tensor) {
+  return static_cast<const E*>(tensor.const_data_ptr());
+}
+template <class E>
+E* mutable_elements_of(const std::optional<at::Tensor>& tensor) {
+  return tensor ? static_cast<E*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
 at::Tensor channels_last(const at::Tensor& tensor) {
@@ -81,17 +92,17 @@ std::pair<std::vector<at::Tensor>, std::shared_ptr<Tape>> SupernetEngine::forwar
   std::vector<at::Tensor> outs;
   for (size_t p = 0; p < choices.size(); ++p) {
     outs.push_back(output_like(impl.x));
-    with_type(impl.x, [&](auto zero) {
-      using T = decltype(zero);
+    with_element(impl.x, [&](auto element) {
+      using E = decltype(element);
       const auto choose = [&](int64_t l) {
         const int64_t which = choices[p][l];
         const LayerSpec& layer = spec_.layers[l];
         if (layer.candidates[which].skips()) return LayerChoice{{}, {}, 1};
         return LayerChoice{{which}, {}, layer.residual ? 1.0 : 0.0};
       };
-      BodyRunner<T>(spec_, weights)
-          .forward(impl.x.const_data_ptr<T>(), impl.x.size(0), impl.x.size(2), impl.x.size(3), choose, v,
-                   with_tape, *impl.memory, impl.bodies[p], outs.back().mutable_data_ptr<T>());
+      BodyRunner<E>(spec_, weights)
+          .forward(elements_of<E>(impl.x), impl.x.size(0), impl.x.size(2), impl.x.size(3), choose, v,
+                   with_tape, *impl.memory, impl.bodies[p], mutable_elements_of<E>(outs.back()));
     });
     if (!with_tape) impl.memory->release(0);
   }
@@ -102,13 +113,14 @@ std::optional<at::Tensor> SupernetEngine::backward_paths(const Weights& weights,
                                                          const std::vector<at::Tensor>& douts, bool need_dx) {
   Tape::Impl& impl = *tape.impl;
   check_use(tape, impl.bodies.size(), douts.size());
-  plan_gradients(impl.choices, impl.x.options());
+  plan_gradients(impl.choices, weights.front().options());
   std::optional<at::Tensor> dx;
   if (need_dx) dx = at::empty_like(impl.x);
   for (size_t p = 0; p < impl.bodies.size(); ++p) {
     const at::Tensor dout = channels_last(douts[p]);
-    with_type(impl.x, [&](auto zero) {
-      using T = decltype(zero);
+    with_element(impl.x, [&](auto element) {
+      using E = decltype(element);
+      using T = Compute<E>;
       // entries_ are in order of path, layer and role
       T* buffer = buffers_[p].mutable_data_ptr<T>();
       std::vector<CandidateGradient<T>> gradients(spec_.layers.size());
@@ -144,10 +156,9 @@ std::optional<at::Tensor> SupernetEngine::backward_paths(const Weights& weights,
             break;
         }
       }
-      BodyRunner<T>(spec_, weights)
+      BodyRunner<E>(spec_, weights)
           .backward(
-              impl.x.size(0), impl.bodies[p], impl.v, dout.const_data_ptr<T>(),
-              dx ? dx->mutable_data_ptr<T>() : nullptr, p > 0,
+              impl.x.size(0), impl.bodies[p], impl.v, elements_of<E>(dout), mutable_elements_of<E>(dx), p > 0,
               [&](int64_t l) { return wanted[l] ? &gradients[l] : nullptr; }, nullptr, nullptr);
     });
   }
@@ -166,8 +177,8 @@ std::pair<at::Tensor, std::shared_ptr<Tape>> SupernetEngine::forward_mixture(con
   impl.u = u, impl.v = v;
   impl.bodies.resize(1);
   at::Tensor out = output_like(impl.x);
-  with_type(impl.x, [&](auto zero) {
-    using T = decltype(zero);
+  with_element(impl.x, [&](auto element) {
+    using E = decltype(element);
     const auto choose = [&](int64_t l) {
       LayerChoice choice;
       const LayerSpec& layer = spec_.layers[l];
@@ -180,9 +191,9 @@ std::pair<at::Tensor, std::shared_ptr<Tape>> SupernetEngine::forward_mixture(con
       }
       return choice;
     };
-    BodyRunner<T>(spec_, weights)
-        .forward(impl.x.const_data_ptr<T>(), impl.x.size(0), impl.x.size(2), impl.x.size(3), choose, v,
-                 with_tape, *impl.memory, impl.bodies[0], out.mutable_data_ptr<T>());
+    BodyRunner<E>(spec_, weights)
+        .forward(elements_of<E>(impl.x), impl.x.size(0), impl.x.size(2), impl.x.size(3), choose, v, with_tape,
+                 *impl.memory, impl.bodies[0], mutable_elements_of<E>(out));
   });
   return {out, with_tape ? tape : nullptr};
 }
@@ -198,13 +209,12 @@ SupernetEngine::backward_mixture(const Weights& weights, Tape& tape, const at::T
   for (const auto& row : impl.u) du.emplace_back(row.size(), 0.0);
   for (const auto& row : impl.v) dv.emplace_back(row.size(), 0.0);
   const at::Tensor dout = channels_last(dout_any);
-  with_type(impl.x, [&](auto zero) {
-    using T = decltype(zero);
-    BodyRunner<T>(spec_, weights)
+  with_element(impl.x, [&](auto element) {
+    using E = decltype(element);
+    BodyRunner<E>(spec_, weights)
         .backward(
-            impl.x.size(0), impl.bodies[0], impl.v, dout.const_data_ptr<T>(),
-            dx ? dx->mutable_data_ptr<T>() : nullptr, false,
-            [](int64_t) { return static_cast<const CandidateGradient<T>*>(nullptr); }, &du, &dv);
+            impl.x.size(0), impl.bodies[0], impl.v, elements_of<E>(dout), mutable_elements_of<E>(dx), false,
+            [](int64_t) { return static_cast<const CandidateGradient<Compute<E>>*>(nullptr); }, &du, &dv);
   });
   return {dx, du, dv};
 }

@@ -27,6 +27,12 @@ using OptionalText = std::optional<c10::string_view>;
 struct Weights {
   Tensor conv_pw, conv_dw, conv_pwl, se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias;
   Tensor bn_weight[3], bn_bias[3];
+
+  std::array<Tensor*, 13> in_order() {  // of the operators' arguments
+    return {&conv_pw,          &conv_dw,        &conv_pwl,     &se_reduce_weight, &se_reduce_bias,
+            &se_expand_weight, &se_expand_bias, &bn_weight[0], &bn_bias[0],       &bn_weight[1],
+            &bn_bias[1],       &bn_weight[2],   &bn_bias[2]};
+  }
 };
 
 struct Options {
@@ -47,10 +53,12 @@ Design parse_design(std::string_view design) {
   TORCH_CHECK_VALUE(false, "design must be one of auto, strips, channels, got '", design, "'");
 }
 
+// A weight or a statistic: of the type of x, or float beside bfloat16.
 void check_tensor(const Tensor& tensor, const char* name, at::IntArrayRef shape, const Tensor& x) {
   if (!tensor.defined()) return;
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), name, " must be ", x.scalar_type(),
+  const bool mixed = x.scalar_type() == at::kBFloat16 && tensor.scalar_type() == at::kFloat;
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type() || mixed, name, " must be ", x.scalar_type(),
                    " as x is, got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.device() == x.device(), name, " must be on ", x.device(), " as x is, got ",
                     tensor.device());
@@ -58,8 +66,9 @@ void check_tensor(const Tensor& tensor, const char* name, at::IntArrayRef shape,
 
 void check(const Tensor& x, const Weights& w, const Options& options) {
   TORCH_CHECK_VALUE(x.dim() == 4, "x must be [N, Cin, H, W], got shape ", x.sizes());
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble,
-                   "x must be float32 or float64, got ", x.scalar_type());
+  TORCH_CHECK_TYPE(
+      x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble || x.scalar_type() == at::kBFloat16,
+      "x must be float32, float64 or bfloat16, got ", x.scalar_type());
   TORCH_CHECK_VALUE(x.numel() > 0, "x must not be empty, got shape ", x.sizes());
   TORCH_CHECK_VALUE(w.conv_dw.dim() == 4 && w.conv_dw.size(1) == 1 &&
                         w.conv_dw.size(2) == w.conv_dw.size(3) &&
@@ -137,13 +146,10 @@ Weights collect(const OptionalTensor& conv_pw, const Tensor& conv_dw, const Tens
           {value(bn1_bias), value(bn2_bias), value(bn3_bias)}};
 }
 
-void make_contiguous(Weights& w) {
-  Tensor* all[] = {&w.conv_pw,        &w.conv_dw,          &w.conv_pwl,       &w.se_reduce_weight,
-                   &w.se_reduce_bias, &w.se_expand_weight, &w.se_expand_bias, &w.bn_weight[0],
-                   &w.bn_weight[1],   &w.bn_weight[2],     &w.bn_bias[0],     &w.bn_bias[1],
-                   &w.bn_bias[2]};
-  for (Tensor* tensor : all)
-    if (tensor->defined()) *tensor = tensor->contiguous();
+// Weights as the kernels read them: contiguous, in the type of the computation.
+void make_contiguous(Weights& w, at::ScalarType type) {
+  for (Tensor* tensor : w.in_order())
+    if (tensor->defined()) *tensor = tensor->to(type).contiguous();
 }
 
 template <class T>
@@ -203,43 +209,53 @@ int64_t statistics_size(const Weights& w, const Options& options) {
   return (w.conv_pw.defined() ? 4 : 2) * options.width + 2 * w.conv_pwl.size(0);
 }
 
-template <class T>
+template <class E>
+const E* elements_of(const Tensor& tensor) {
+  return static_cast<const E*>(tensor.const_data_ptr());
+}
+template <class E>
+E* mutable_elements_of(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<E*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+template <class E>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Weights& w, const Options& options) {
+  using T = Compute<E>;
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   const Candidate<T> candidate = candidate_of<T>(w, options.width);
   const Layer<T> layer = layer_of(x, w, options, candidate);
   Tensor out = output_of(x, w, options);
-  Tensor statistics = at::empty({statistics_size(w, options)}, x.options().memory_format(std::nullopt));
-  Tensor saved = at::empty({layer_kernels_of<T>().saved_size(layer)}, statistics.options());
+  const at::TensorOptions plain = x.options().memory_format(std::nullopt);
+  Tensor statistics =
+      at::empty({statistics_size(w, options)}, plain.dtype(c10::CppTypeToScalarType<T>::value));
+  Tensor saved = at::empty({layer_kernels_of<E>().saved_bytes(layer)}, plain.dtype(at::kByte));
   BatchStatistics<T> views;
   T* at = statistics.mutable_data_ptr<T>();
   auto next = [&](int64_t count) { return std::exchange(at, at + count); };
   if (w.conv_pw.defined()) views.mean1 = next(options.width), views.var1 = next(options.width);
   views.mean2 = next(options.width), views.var2 = next(options.width);
   views.mean3 = next(w.conv_pwl.size(0)), views.var3 = next(w.conv_pwl.size(0));
-  layer_kernels_of<T>().forward(layer, x.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
-                                saved.mutable_data_ptr<T>(), views, torch_threads());
+  layer_kernels_of<E>().forward(layer, elements_of<E>(x), mutable_elements_of<E>(out),
+                                saved.mutable_data_ptr(), views, torch_threads());
   return {out, statistics, saved};
 }
 
 // Gradients of x and of the thirteen weights, at maximum width; undefined where the mask does not want them.
 using Gradients = std::array<Tensor, 14>;
 
-template <class T>
-Gradients backward(const Tensor& dout_any, const Tensor& input, const Tensor& saved, const Weights& w,
+template <class E>
+Gradients backward(const Tensor& dout_any, const Tensor& input, const Tensor& saved, Weights& w,
                    const Options& options, const std::array<bool, 14>& mask) {
+  using T = Compute<E>;
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   const Tensor dout = dout_any.contiguous(at::MemoryFormat::ChannelsLast);
   const Candidate<T> candidate = candidate_of<T>(w, options.width);
   const Layer<T> layer = layer_of(x, w, options, candidate);
-  TORCH_CHECK_VALUE(saved.dim() == 1 && saved.size(0) == layer_kernels_of<T>().saved_size(layer) &&
-                        saved.scalar_type() == x.scalar_type() && saved.is_contiguous(),
+  TORCH_CHECK_VALUE(saved.dim() == 1 && saved.size(0) == layer_kernels_of<E>().saved_bytes(layer) &&
+                        saved.scalar_type() == at::kByte && saved.is_contiguous(),
                     "saved must be what mbinvres returned for the same arguments");
   const bool narrowed = options.width < w.conv_dw.size(0);
-  const Tensor* order[] = {&w.conv_pw,        &w.conv_dw,          &w.conv_pwl,       &w.se_reduce_weight,
-                           &w.se_reduce_bias, &w.se_expand_weight, &w.se_expand_bias, &w.bn_weight[0],
-                           &w.bn_bias[0],     &w.bn_weight[1],     &w.bn_bias[1],     &w.bn_weight[2],
-                           &w.bn_bias[2]};
+  const std::array<Tensor*, 13> order = w.in_order();
   Gradients grads;
   if (mask[0]) grads[0] = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast));
   bool any = false;
@@ -261,23 +277,35 @@ Gradients backward(const Tensor& dout_any, const Tensor& input, const Tensor& sa
   gradient.se_expand = {at(5), candidate.se_expand.mid_stride, 1};
   gradient.se_expand_bias = at(6);
   for (int i = 0; i < 3; ++i) gradient.bn_weight[i] = at(7 + 2 * i), gradient.bn_bias[i] = at(8 + 2 * i);
-  layer_kernels_of<T>().backward(layer, x.const_data_ptr<T>(), saved.const_data_ptr<T>(),
-                                 dout.const_data_ptr<T>(), mask[0] ? grads[0].mutable_data_ptr<T>() : nullptr,
-                                 nullptr, any ? &gradient : nullptr, torch_threads());
+  layer_kernels_of<E>().backward(layer, elements_of<E>(x), saved.const_data_ptr(), elements_of<E>(dout),
+                                 mutable_elements_of<E>(grads[0]), nullptr, any ? &gradient : nullptr,
+                                 torch_threads());
   return grads;
 }
 
-template <class T>
+template <class E>
 Tensor inference(const Tensor& input, const Weights& w, const Tensor* means, const Tensor* vars,
                  const Options& options) {
+  using T = Compute<E>;
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   Candidate<T> candidate = candidate_of<T>(w, options.width);
   NormView<T>* norms[3] = {&candidate.bn1, &candidate.bn2, &candidate.bn3};
   for (int i = 0; i < 3; ++i) norms[i]->mean = data_of<T>(means[i]), norms[i]->var = data_of<T>(vars[i]);
   const Layer<T> layer = layer_of(x, w, options, candidate);
   Tensor out = output_of(x, w, options);
-  layer_kernels_of<T>().inference(layer, x.const_data_ptr<T>(), out.mutable_data_ptr<T>(), torch_threads());
+  layer_kernels_of<E>().inference(layer, elements_of<E>(x), mutable_elements_of<E>(out), torch_threads());
   return out;
+}
+
+// f(an element) for the element that x is made of.
+template <class F>
+auto with_element(const Tensor& x, F&& f) {
+  if (x.scalar_type() == at::kDouble) return f(double{});
+  if (x.scalar_type() == at::kBFloat16) return f(BFloat16{});
+  return f(float{});
+}
+at::ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 #define TFNAS_WEIGHTS                                                                                     \
@@ -301,8 +329,8 @@ std::tuple<Tensor, Tensor, Tensor> mbinvres(const Tensor& x, TFNAS_WEIGHTS, int6
       stride, view(act), residual, width, eps, view(design), view(se_act.value_or(act)), view(se_gate)};
   check(x, w, options);
   check_training(x, options);
-  make_contiguous(w);
-  return x.scalar_type() == at::kFloat ? forward<float>(x, w, options) : forward<double>(x, w, options);
+  make_contiguous(w, compute_type(x));
+  return with_element(x, [&](auto element) { return forward<decltype(element)>(x, w, options); });
 }
 
 using FourteenTensors = decltype(std::tuple_cat(Gradients{}));
@@ -318,10 +346,15 @@ FourteenTensors mbinvres_backward(const Tensor& dout, const Tensor& x, const Ten
   check_training(x, options);
   check_tensor(dout, "dout",
                {x.size(0), w.conv_pwl.size(0), halved(x.size(2), stride), halved(x.size(3), stride)}, x);
-  make_contiguous(w);
-  return std::tuple_cat(x.scalar_type() == at::kFloat
-                            ? backward<float>(dout, x, saved, w, options, output_mask)
-                            : backward<double>(dout, x, saved, w, options, output_mask));
+  TORCH_CHECK_TYPE(dout.scalar_type() == x.scalar_type(), "dout must be ", x.scalar_type(), " as x is, got ",
+                   dout.scalar_type());
+  Weights given = w;
+  make_contiguous(w, compute_type(x));
+  Gradients grads = with_element(
+      x, [&](auto element) { return backward<decltype(element)>(dout, x, saved, w, options, output_mask); });
+  for (size_t i = 1; i < grads.size(); ++i)
+    if (grads[i].defined()) grads[i] = grads[i].to(given.in_order()[i - 1]->scalar_type());
+  return std::tuple_cat(grads);
 }
 
 Tensor mbinvres_inference(const Tensor& x, TFNAS_WEIGHTS, const OptionalTensor& mean1,
@@ -341,11 +374,13 @@ Tensor mbinvres_inference(const Tensor& x, TFNAS_WEIGHTS, const OptionalTensor& 
   for (int i = 0; i < 3; ++i) {
     check_tensor(means[i], names[i][0], {i < 2 ? mid : out}, x);
     check_tensor(vars[i], names[i][1], {i < 2 ? mid : out}, x);
-    if (means[i].defined()) mean_views[i] = means[i].contiguous(), var_views[i] = vars[i].contiguous();
+    if (!means[i].defined()) continue;
+    mean_views[i] = means[i].to(compute_type(x)).contiguous();
+    var_views[i] = vars[i].to(compute_type(x)).contiguous();
   }
-  make_contiguous(w);
-  return x.scalar_type() == at::kFloat ? inference<float>(x, w, mean_views, var_views, options)
-                                       : inference<double>(x, w, mean_views, var_views, options);
+  make_contiguous(w, compute_type(x));
+  return with_element(
+      x, [&](auto element) { return inference<decltype(element)>(x, w, mean_views, var_views, options); });
 }
 
 constexpr char kWeights[] =

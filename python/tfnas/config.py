@@ -209,6 +209,8 @@ class SearchConfig:
         resume: Go on where the run in `output` stopped; begins it where there is nothing yet.
         seed: Decides weights, sampling, data order and augmentation.
         engine: Supernet engine: `auto` (the fastest that runs here), `reference` (plain PyTorch), or another by name.
+        precision: Type of the supernet's activations, `float32` or `bfloat16` (weights, statistics, sums and optimizers
+            stay float32). bfloat16 is faster where the processor has dot products of it (`tfnas info`: avx512_bf16).
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`.
         cuda_graphs: Capture each step once and replay it, where the CUDA engine runs; off runs kernel by kernel.
         threads: CPU threads; null takes PyTorch's choice. Bit-exact repetition needs the same number.
@@ -243,6 +245,7 @@ class SearchConfig:
     resume: bool = False
     seed: int = 0
     engine: str = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     cuda_graphs: bool = True
     threads: int | None = None

@@ -203,7 +203,7 @@ def make_supernet(config: SearchConfig, space: Space, device: torch.device) -> S
     """A supernet with weights drawn by the seed; torch's global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        supernet = Supernet(space, engine=config.engine)
+        supernet = Supernet(space, config.engine, getattr(torch, config.precision))
     return supernet.to(device)
 
 
