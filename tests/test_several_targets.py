@@ -55,9 +55,9 @@ def _ends(folder: Path, targets: list[float]) -> list[dict[str, Any]]:
     return ends
 
 
-def _alone(folder: Path, targets: list[float]) -> list[dict[str, Any]]:
+def _alone(folder: Path, targets: list[float], **changes: Any) -> list[dict[str, Any]]:
     for target in targets:
-        search(tiny_config(folder, target_latency_ms=target, output=str(target_folder(folder, target))), [])
+        search(tiny_config(folder, target_latency_ms=target, output=str(target_folder(folder, target)), **changes), [])
     return _ends(folder, targets)
 
 
@@ -81,20 +81,21 @@ class _Recorder(Callback):
 
 def test_each_is_what_it_would_be_alone_after_one_warm_up(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
-    config = _config(tmp_path)
+    config = _config(tmp_path, steps_per_epoch=2)
     assert isinstance(config.target_latency_ms, list)
     targets = config.target_latency_ms
     recorder = _Recorder()
     result = search_targets(config, [recorder])
-    rest = [("start", 4), ("epoch", 1), ("epoch", 2), ("end", 0)]
+    rest = [("start", 2), ("epoch", 1), ("epoch", 2), ("end", 0)]
     assert recorder.kinds == [("start", 0), ("epoch", 0), *rest, *rest]
     assert recorder.closed == 3
-    assert_equal_bits(_ends(tmp_path / "run", targets), _alone(tmp_path / "alone", targets))
+    assert_equal_bits(_ends(tmp_path / "run", targets), _alone(tmp_path / "alone", targets, steps_per_epoch=2))
 
     assert [row.target_latency_ms for row in result.rows] == targets
     for row in result.rows:
         arch, facts = load_architecture(tmp_path / "run" / row.folder / "architecture.json")
-        assert (row.lut_latency_ms, row.met) == (facts["lut_latency_ms"], True)
+        latency, target = facts["lut_latency_ms"], facts["target_latency_ms"]
+        assert (row.lut_latency_ms, row.met) == (latency, 0.99 * target <= latency <= target)
         assert row.depths == [len(ops) for ops in arch.stages]
         assert row.inherited_accuracy is not None
         assert 0 <= row.inherited_accuracy <= 1
@@ -176,9 +177,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path: Path) -> None
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     targets = _targets(tmp_path / "whole")
-    search_targets(_config(tmp_path / "whole"), [])
+    changes: dict[str, Any] = {"epochs": 2, "steps_per_epoch": 3}
+    search_targets(_config(tmp_path / "whole", **changes), [])
     expected = _ends(tmp_path / "whole" / "run", targets)
-    config = _config(tmp_path / "parts", resume=True, checkpoint__every_steps=3)
+    config = _config(tmp_path / "parts", resume=True, checkpoint__every_steps=1, **changes)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tfnas.pipeline", "tfnas.train"])
     for number in range(KILLS):
@@ -199,6 +201,7 @@ def _in_processes(config: SearchConfig) -> Any:
     return search_targets(config, []).rows
 
 
+@pytest.mark.slow
 def test_in_two_processes(tmp_path: Path) -> None:
     config = _config(tmp_path, epochs=2, steps_per_epoch=2)
     first, second = raise_failures(run_processes(2, _in_processes, config))
