@@ -71,8 +71,13 @@ def test_float32_errs_at_most_twice_as_much_as_plain_pytorch(emulated: str, seed
     case = Case(small_body("sink"), "reference", seed, (2, 9, 8))
     want = results("reference", case, torch.float64)
     ours, plain = results(emulated, case, torch.float32), results("reference", case, torch.float32)
+    # A gradient may cancel to nothing (of width 1 before a batch norm): measured by the largest of its role.
+    scales: dict[str, Tensor] = {}
     for name, exact in want.items():
-        scale = exact.abs().max().clamp_min(1e-2)
+        role = name.rpartition(": ")[2]
+        scales[role] = torch.maximum(scales.get(role, torch.tensor(1e-2)), exact.abs().max())
+    for name, exact in want.items():
+        scale = scales[name.rpartition(": ")[2]]
         error, allowed = ((ours[name] - exact).abs().max() / scale, (plain[name] - exact).abs().max() / scale)
         assert error <= 2 * allowed + 2e-6, f"{name}: {error:.1e}, plain PyTorch {allowed:.1e}"
 
