@@ -139,9 +139,12 @@ def _search_both_shards(config: SearchConfig) -> dict[str, Any]:
     return {"losses": made[0].losses, "architecture": result.architecture, "log_alpha": result.supernet.log_alpha}
 
 
-@pytest.mark.parametrize("engine", ["reference", "native"])
-def test_processes_are_equal_and_follow_one_that_runs_all_shards(tmp_path: Path, engine: str) -> None:
-    changes = _changes(engine)
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [("reference", "float32"), ("native", "float32"), pytest.param("native", "bfloat16", marks=pytest.mark.slow)],
+)
+def test_processes_are_equal_and_follow_one_that_runs_all_shards(tmp_path: Path, engine: str, precision: str) -> None:
+    changes = _changes(engine) | {"precision": precision}
     config = tiny_config(tmp_path, **changes, steps_per_epoch=4)
     try:
         Supernet(load_space(config.space), engine=engine)

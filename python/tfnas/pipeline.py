@@ -223,6 +223,7 @@ def _start_record(config: SearchConfig, loop: BilevelSearch, data: DataBundle, d
         "skipped_images": len(data.skipped),
         "num_classes": data.num_classes,
         "engine": loop.supernet.engine.name,
+        "precision": config.precision,
         "device": str(device),
         "threads": torch.get_num_threads(),
         "seed": config.seed,
@@ -311,8 +312,7 @@ def inherited_accuracy(loop: BilevelSearch, found: Derivation) -> float | None:
     network.load_state_dict(net.inherit_weights(arch, found.kept))
     batches = itertools.islice(loop.held_out_data.epoch(0), log.held_out_batches)
     network = network.to(loop.device).to(memory_format=torch.channels_last)
-    precision = "bfloat16" if net.dtype == torch.bfloat16 else "float32"
-    return evaluate_network(network, batches, precision, loop.processes).top1
+    return evaluate_network(network, batches, loop.config.precision, loop.processes).top1
 
 
 def _derivation(

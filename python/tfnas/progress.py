@@ -118,7 +118,8 @@ def start_lines(record: Record) -> list[str]:
         f"run {record['output']}",
         f"space {record['space']}, data {record['data']}: {record['train_images']} training and "
         f"{record['held_out_images']} held-out images, {record['num_classes']} classes",
-        f"engine {record['engine']} on {record['device']}, {record['threads']} CPU threads, seed {record['seed']}",
+        f"engine {record['engine']} in {record['precision']} on {record['device']}, {record['threads']} CPU threads, "
+        f"seed {record['seed']}",
         f"reachable latency {low:.4g} to {high:.4g} ms by the table",
         f"warm-up for the targets {', '.join(f'{target:g}' for target in several)} ms"
         if several
