@@ -173,6 +173,26 @@ def test_frozen_norms_run_their_own_code(fused_calls: list[bool]) -> None:
     assert fused_calls == [False, False]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_in_one_graph() -> None:
+    torch.manual_seed(0)
+    plain = plain_block(act_func="swish")
+    fast = copy.deepcopy(plain)
+    tfnas_ext.accelerate(fast)
+    compiled = torch.compile(copy.deepcopy(fast), fullgraph=True, backend="aot_eager")
+    for step in range(2):
+        x = images(step).float()
+        got, want = compiled(x), plain(x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        got.sum().backward()
+        want.sum().backward()
+    for a, b in zip(compiled.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    for p, q in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
+
+
 def test_frozen_weights_get_no_gradient(fused_calls: list[bool]) -> None:
     block = randomise(timm_block())
     for name, parameter in block.named_parameters():

@@ -264,6 +264,21 @@ def test_inference_with_one_trained_weight_has_its_gradient(trained: str) -> Non
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize(("batch", "count"), [(12, 1), (9, 2), (3, 2)])
+@pytest.mark.parametrize("se", [0, 5])
+def test_inference_of_images_in_groups(batch: int, count: int, se: int, threads: None) -> None:
+    """Maps of which a few fit the cache together, the last group smaller; few images are shared by the threads."""
+    torch.set_num_threads(count)
+    block = make_block(BlockCase(batch, 8, 32, 30, 48, 8, 5, se=se, residual=True, seed=batch))
+    args, options = block.arguments()
+    generator = torch.Generator().manual_seed(batch)
+    options |= {f"bn{i}": running(c, generator) for i, c in ((1, 48), (2, 48), (3, 8))}
+    with torch.no_grad():
+        want = reference.mbinvres(*args, **options, training=False)
+        got = ops.mbinvres(*args, **options, training=False, backend="cpu")
+    torch.testing.assert_close(got, want)
+
+
 def test_double_backward_is_refused() -> None:
     block = make_block(BlockCase(2, 3, 3, 4, 5, 3, seed=13))
     args, options = block.arguments()

@@ -73,6 +73,10 @@ class FusedBlock(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return new_fused, (self._tfnas_original,), self.__dict__.copy()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__[_STATE].look_up(self, self._tfnas_original)
+
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before `accelerate`, if it was replaced."""

@@ -26,8 +26,7 @@ def run_block(block: nn.Module, parts: CheckedParts, x: Any, dtype: torch.dtype 
     some norms use the batch's statistics and some running ones; for gradients through running statistics; where PyTorch
     refuses one value per channel; and in traces and exports, whose graphs shall hold PyTorch's own operators only.
     """
-    first = parts.conv_dw if parts.conv_pw is None else parts.conv_pw
-    if not _takes(x, dtype) or x.shape[1] != first.in_channels:
+    if not _takes(x, dtype) or x.shape[1] != (parts.conv_pw or parts.conv_dw).in_channels:
         return None
     by_batch = [norm.training or norm.running_mean is None for norm in parts.norms]
     if any(by_batch) != all(by_batch):
@@ -51,13 +50,13 @@ def run_block(block: nn.Module, parts: CheckedParts, x: Any, dtype: torch.dtype 
 
 
 def _takes(x: Any, dtype: torch.dtype | None) -> bool:
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
     if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or x.layout != torch.strided:
         return False
     if x.dim() != 4 or x.numel() == 0 or not x.is_floating_point() or (dtype or x.dtype) not in ops.NATIVE_DTYPES:
         return False
-    if dtype is None and torch.is_autocast_enabled("cpu"):
-        return False
-    return not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+    return dtype is not None or not torch.is_autocast_enabled("cpu")
 
 
 def _tensors(parts: CheckedParts) -> list[Tensor | None]:
