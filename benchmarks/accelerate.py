@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search_step import ProcessTimer
 from tfnas.files import write_text_atomically
 from tfnas.latency.header import device_name
 from tfnas.versions import software_versions
@@ -37,7 +36,7 @@ from torch import Tensor, nn
 
 import tfnas_ext
 from tfnas_ext.backends import cpu_capability
-from tfnas_ext.timing import CpuTimer, StopRule, measure_interleaved
+from tfnas_ext.timing import CpuTimer, ProcessTimer, StopRule, measure_interleaved
 
 COMPETITORS = ("ours", "eager_nchw", "eager_channels_last")
 

@@ -198,23 +198,32 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 
 
 # ---------------------------------------------------------------- autocast
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [True, False])
-def test_autocast_runs_in_float32(training: bool, dtype: torch.dtype) -> None:
-    """Whatever precedes the block: its result and the parameters' gradients are those of float32."""
-    block = make().train(training)
+def test_autocast_casts_the_images(training: bool, dtype: torch.dtype, weights: torch.dtype) -> None:
+    """Under bfloat16 autocast: results and gradients are those of bfloat16 images beside weights as they are."""
+    block = make().to(weights).train(training)
     twin = copy.deepcopy(block)
     x = images().to(dtype)
     with torch.set_grad_enabled(training):
         with torch.autocast("cpu", torch.bfloat16):
             got = block(x)
-        want = twin(x.float())
-        assert got.dtype == torch.float32
+        want = twin(x.bfloat16())
+        assert got.dtype == torch.bfloat16
         assert torch.equal(got, want)
     if training:
         leaves, twins = list(block.parameters()), list(twin.parameters())
         for a, b in zip(gradients(got, leaves), gradients(want, twins), strict=True):
+            assert a.dtype == weights
             assert torch.equal(a, b)
+
+
+def test_float16_autocast_runs_in_float32() -> None:
+    block = make(running_stats=False)
+    with torch.autocast("cpu", torch.float16):
+        got = block(images().half())
+    assert torch.equal(got, block(images().half().float()))
 
 
 def test_autocast_leaves_float64_alone() -> None:
@@ -225,15 +234,20 @@ def test_autocast_leaves_float64_alone() -> None:
 
 
 def test_autocast_under_compile() -> None:
+    """One graph for every width here too."""
     block = make()
-
-    def function(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return block(nn.functional.conv2d(x, torch.eye(8).view(8, 8, 1, 1)))
-
     twin = copy.deepcopy(block)
-    got = torch.compile(function, fullgraph=True, backend="aot_eager")(images())
-    assert torch.equal(got, twin(images().bfloat16().float()))
+
+    def function(block: MBInvRes, x: Tensor, width: int) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return block(nn.functional.conv2d(x, torch.eye(8).view(8, 8, 1, 1)), width)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for width in WIDTHS[:4]:
+        got, want = compiled(block, images(), width), function(twin, images(), width)
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, want)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 # ---------------------------------------------------------------- several devices, GPUs

@@ -7,6 +7,7 @@ registers it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,6 @@ WEIGHT_NAMES = (
     *("bn1_weight", "bn1_bias", "bn2_weight", "bn2_bias", "bn3_weight", "bn3_bias"),
 )
 WEIGHTS = len(WEIGHT_NAMES)  # tensor arguments of torch.ops.tfnas.mbinvres besides x
-AUTOCAST_DTYPE = torch.float32  # what the operators run in under autocast, whatever its type is
 
 _LANES = 16  # channels of a plane of the CPU kernels
 _CHANNELS_DESIGN_PIXELS = 4000  # choose_design in csrc/cpu/mbinvres.cpp
@@ -151,6 +151,30 @@ def _refuse_double_backward(ctx: Any, *grads: Any) -> Any:
     )
 
 
+# ---------------------------------------------------------------- autocast
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The type that the operators run `x` in: its own, but under autocast bfloat16 if that is autocast's, else float32.
+
+    As everywhere in torch, autocast leaves float64 alone.
+    """
+    if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x.dtype
+    bfloat16 = torch.get_autocast_dtype(x.device.type) == torch.bfloat16
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def _autocast(operator: Any, device_type: str, x: Tensor, *args: Any) -> Any:
+    """Casts x, and weights of other types than float32 and that; float32 ones keep their precision and gradients."""
+    dtype = working_dtype(x)
+    kept = (dtype, torch.float32, torch.float64)
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.dtype not in kept else value
+
+    with torch.autocast(device_type, enabled=False):
+        return operator(x.to(dtype), *(cast(value) for value in args))
+
+
 if _native.MODULE is not None:
     torch.library.register_fake("tfnas::mbinvres", _fake_mbinvres)
     torch.library.register_fake("tfnas::mbinvres_backward", _fake_backward)
@@ -163,6 +187,8 @@ if _native.MODULE is not None:
     torch.library.register_autograd("tfnas::mbinvres", _backward, setup_context=_setup_context)
     torch.library.register_autograd("tfnas::mbinvres_backward", _refuse_double_backward)
     torch.library.register_autograd("tfnas::mbinvres_inference", _refuse_inference_gradient)
-    for device_type in ("cpu", "cuda"):
-        for name in ("mbinvres", "mbinvres_inference"):
-            torch.library.register_autocast(f"tfnas::{name}", device_type, AUTOCAST_DTYPE)
+    _LIBRARY = torch.library.Library("tfnas", "IMPL")  # registrations last as long as it does
+    for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        for _name in ("mbinvres", "mbinvres_inference"):
+            _operator = getattr(torch.ops.tfnas, _name).default
+            _LIBRARY.impl(_name, functools.partial(_autocast, _operator, _device_type), _key)

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from tfnas_ext import reference
 from tfnas_ext.backends import choose_backend
-from tfnas_ext.operators import AUTOCAST_DTYPE
+from tfnas_ext.operators import working_dtype
 from tfnas_ext.reference import BatchStatistics, Norm, SqueezeExcite
 
 DESIGNS = ("auto", "strips", "channels")
@@ -54,7 +54,8 @@ def mbinvres(
     The rest and the errors are those of `reference.mbinvres`. Without a backend named, what native kernels do not do is
     done by the reference: other types than float32, float64 and bfloat16, kernels other than 3, 5 and 7, gradients
     through running statistics (`training` false), running statistics in some of the norms only, and what `torch.func`
-    transforms (`grad`, `vmap`, `jvp`). Under autocast the kernels run in float32 and the result is float32.
+    transforms (`grad`, `vmap`, `jvp`). Under bfloat16 autocast `x` is
+    cast to bfloat16 and so is the result, under another one both to float32; weights stay as they are.
     """
     norms = (bn1, bn2, bn3) if conv_pw is not None else (bn2, bn3)
     given = [norm.running_mean is not None for norm in norms]
@@ -144,8 +145,7 @@ def _runs_native(x: Tensor, weights: Sequence[Tensor | None], backend: str | Non
         return False
     conv_dw = weights[1]
     assert conv_dw is not None
-    dtype = AUTOCAST_DTYPE if _autocasts(x) else x.dtype
-    fits = possible and dtype in NATIVE_DTYPES and conv_dw.dim() == 4 and conv_dw.shape[-1] in (3, 5, 7)
+    fits = possible and working_dtype(x) in NATIVE_DTYPES and conv_dw.dim() == 4 and conv_dw.shape[-1] in (3, 5, 7)
     fits = fits and not _transformed([x, *weights])
     if backend is not None and not fits:
         raise ValueError(
@@ -163,11 +163,6 @@ def _transformed(tensors: Sequence[Tensor | None]) -> bool:
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return any(t is not None and (wrapped(t) or forward_ad.unpack_dual(t).tangent is not None) for t in tensors)
-
-
-def _autocasts(x: Tensor) -> bool:
-    """Whether autocast casts `x`: as everywhere in torch, it leaves float64 alone."""
-    return torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def _weights(

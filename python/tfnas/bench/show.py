@@ -63,12 +63,16 @@ def save_plot(path: str | Path, rows: Sequence[Row], title: str = "") -> None:
         places = [index + (number - (len(names) - 1) / 2) * height for index in range(len(rows))]
         shares = [row.times_ms[name] / row.times_ms[row.best_other] for row in rows]
         bars = axis.barh(places, shares, height, label=name.replace("_", " "))
-        axis.bar_label(bars, [f"{row.times_ms[name]:.3g} ms" for row in rows], fontsize=6, padding=2)
+        axis.bar_label(bars, [_milliseconds(row.times_ms[name]) for row in rows], fontsize=6, padding=2)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [f"{row.case}, {row.phase}, {row.dtype}" for row in rows], fontsize=7)
     axis.invert_yaxis()
     axis.set_xlabel("time relative to the fastest of the others (below 1: ours is faster)")
     axis.set_title(title, fontsize=9)
-    axis.margins(x=0.1)
+    axis.margins(x=0.1, y=0.01)
     figure.legend(fontsize=7, loc="outside lower right", ncols=len(names))
     figure.savefig(path, dpi=110)
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"

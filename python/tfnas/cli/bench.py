@@ -22,6 +22,7 @@ from tfnas_ext import choose_backend
 from tfnas_ext.backends import cpu_capability
 from tfnas_ext.ops import NATIVE_DTYPES
 from tfnas_ext.timing import CpuTimer, ProcessTimer, StopRule
+from tfnas_ext.timing_host import set_allocator
 
 
 def bench(
@@ -41,8 +42,9 @@ def bench(
 ) -> int:
     """Time fused blocks against plain PyTorch (eager NCHW, eager channels_last, compiled) on this CPU.
 
-    Results are compared before anything is timed; competitors take turns, so that drift hits all alike. Rows where the
-    fused block is slower are shown too.
+    Results are compared before anything is timed; competitors take turns, so that drift hits all alike. The allocator
+    keeps freed memory, for all of them: without that, plain PyTorch spends much of its time on page faults. Rows where
+    the fused block is slower are shown too.
 
     Args:
         what: `blocks`, whole `network`, or `all`.
@@ -68,6 +70,7 @@ def bench(
         if threads < 1:
             raise ValueError(f"--threads must be at least 1, not {threads}")
         torch.set_num_threads(threads)
+    allocator = set_allocator()
     cases = _cases(what, space, architecture, batch, only)
     dtypes = [torch.float32, torch.bfloat16] if dtype == "both" else [getattr(torch, dtype)]
     for wanted in dtypes:
@@ -93,6 +96,7 @@ def bench(
         return FAILED
     facts: dict[str, Any] = {"device": device_name("cpu"), "capability": cpu_capability()}
     facts |= {"threads": torch.get_num_threads(), "clock": clock}
+    facts["allocator"] = allocator
     facts["matmul_gflops"] = round(matmul_flops(timer) / 1e9, 1)
     if png is not None:
         try:
