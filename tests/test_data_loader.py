@@ -146,6 +146,26 @@ def test_processes_share_each_step_out(count: int, world_size: int) -> None:
         assert min(len(share[step]) for share in shares) >= 2
 
 
+@pytest.mark.parametrize(("count", "shares"), [(17, [[4, 4, 1], [4, 4]]), (20, [[4, 4, 2], [4, 4, 2]])])
+def test_evaluation_in_processes_reads_every_image_once_and_no_empty_batch(count: int, shares: list[list[int]]) -> None:
+    loaders = [numbered_loader(count, training=False, rank=rank, world_size=2) for rank in range(2)]
+    batches = [list(loader.epoch(0)) for loader in loaders]
+    assert [[len(labels) for _, labels in own] for own in batches] == shares
+    seen = torch.cat([images.flatten() for own in batches for images, _ in own])
+    assert torch.equal(seen.sort().values, torch.arange(float(count)))
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(17, [4, 4]), (20, [4, 4, 2]), (19, [4, 4])])
+def test_batch_norm_in_processes_gets_no_batch_of_one(count: int, sizes: list[int]) -> None:
+    for rank in range(2):
+        loader = numbered_loader(count, training=False, rank=rank, world_size=2).for_batch_norm()
+        assert [len(labels) for _, labels in loader.epoch(0)] == sizes
+    alone = numbered_loader(count, training=False)
+    assert alone.for_batch_norm() is alone
+    with pytest.raises(DataError, match="at least 4 for 2 processes, got 3"):
+        numbered_loader(3, training=False, rank=1, world_size=2).for_batch_norm()
+
+
 def test_labels_belong_to_their_images() -> None:
     for images, labels in numbered_loader(30).epoch(2):
         assert torch.equal(images.flatten().long() % 3, labels)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from process_cases import raise_failures, run_processes
+from tfnas.cli import run_command
 from tfnas.config import ConfigError
 from tfnas.interrupt import ProcessFailed
 from tfnas.pipeline import choose_device
@@ -122,6 +124,17 @@ def test_alone_everything_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=r"RANK, MASTER_ADDR, MASTER_PORT is not set.*torchrun"), open_processes(CPU):
         pass
+
+
+def test_the_command_says_so_and_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ProcessFailed("process 1: process 0 failed and says why")
+
+    monkeypatch.setattr("tfnas.pipeline.search", fail)
+    assert run_command("search", ["--output", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "tfnas search: process 1: process 0 failed and says why\n"
 
 
 def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from tfnas.several_targets import target_folder
 from tfnas.space_io import load_space
 from tfnas.target import TargetOutOfReach
 
-KILLS = 30 if os.environ.get("TFNAS_SLOW") == "1" else 2
+SLOW = os.environ.get("TFNAS_SLOW") == "1"
 
 
 def _targets(folder: Path, count: int = 2) -> list[float]:
@@ -130,6 +130,13 @@ def test_impossible_ones_are_named_before_the_first_epoch(tmp_path: Path) -> Non
     assert not has_checkpoint(tmp_path / "run" / "warm-up")
 
 
+def test_a_failure_before_the_start_leaves_the_folder_free(tmp_path: Path) -> None:
+    config = _config(tmp_path, epochs=1, warmup_epochs=0, steps_per_epoch=1)
+    with pytest.raises(ValueError, match="nowhere"):
+        search_targets(dataclasses.replace(config, data="nowhere"), [])
+    assert len(search_targets(config, []).rows) == 2
+
+
 def test_trained_accuracy_joins_the_comparison(tmp_path: Path) -> None:
     config = _config(tmp_path, epochs=1, warmup_epochs=0, steps_per_epoch=1)
     rows = search_targets(config, []).rows
@@ -170,31 +177,51 @@ def test_stopped_by_a_signal_it_names_the_whole(tmp_path: Path) -> None:
         search_targets(changed, [])
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path: Path) -> None:
+def _killed_at(config: SearchConfig, number: int, counter: Any) -> None:
+    """Search, and SIGKILL this process just before it moves a file or folder for the `number`-th time (0: never)."""
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename":
+            counter.value += 1
+            if counter.value == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    search_targets(config, [])
+
+
+def _run_killed(config: SearchConfig, number: int) -> int:
+    """How often files were moved."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tfnas.several_targets", "tfnas.train"])
+    counter = context.Value("i", 0, lock=False)
+    process = context.Process(target=_killed_at, args=(config, number, counter))
+    process.start()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if counter.value == number else 0)
+    return int(counter.value)
+
+
+def test_killed_before_any_write_it_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    """Everything that is kept is moved to its place, so a kill anywhere is like one before the next move."""
     seed = random.randrange(2**32)
     print("seed", seed)
-    rng = random.Random(seed)
-    for name in ("whole", "parts"):
-        (tmp_path / name).mkdir()
+    changes: dict[str, Any] = {"epochs": 2, "steps_per_epoch": 1, "threads": 1}
+    (tmp_path / "whole").mkdir()
     targets = _targets(tmp_path / "whole")
-    changes: dict[str, Any] = {"epochs": 2, "steps_per_epoch": 3}
-    search_targets(_config(tmp_path / "whole", **changes), [])
+    moves = _run_killed(_config(tmp_path / "whole", **changes), 0)
     expected = _ends(tmp_path / "whole" / "run", targets)
-    config = _config(tmp_path / "parts", resume=True, checkpoint__every_steps=1, **changes)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tfnas.pipeline", "tfnas.train"])
-    for number in range(KILLS):
-        process = context.Process(target=search_targets, args=(config, []))
-        process.start()
-        process.join(timeout=rng.uniform(0.2, 2.5))
-        process.kill()
-        process.join()
-        print(
-            f"kill {number}: exit code {process.exitcode}, {sorted(p.name for p in (tmp_path / 'parts').glob('run/*'))}"
-        )
-    search_targets(config, [])
-    assert_equal_bits(_ends(tmp_path / "parts" / "run", targets), expected)
-    assert not list((tmp_path / "parts" / "run").glob(".*.tmp"))
+    numbers = range(1, moves + 1) if SLOW else random.Random(seed).sample(range(1, moves + 1), 2)
+    for number in numbers:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        config = _config(folder, resume=True, **changes)
+        _run_killed(config, number)
+        left = sorted(path.name for path in (folder / "run").iterdir())
+        print(f"killed before move {number} of {moves}: {left}")
+        search_targets(config, [])
+        assert_equal_bits(_ends(folder / "run", targets), expected)
+        assert not list((folder / "run").glob(".*.tmp"))
 
 
 def _in_processes(config: SearchConfig) -> Any:

@@ -75,7 +75,7 @@ class RunFolder:
 
     def _check(self, config: RunConfig, kind: ConfigKind[Any]) -> None:
         stored = self.path / CONFIG_FILE
-        if not self._has_begun():
+        if not any(_has_begun(path) for path in (self.path, self.path / WARM_UP_FOLDER)):
             return
         if not config.resume:
             raise ConfigError(
@@ -86,13 +86,6 @@ class RunFolder:
             if changed:
                 lines = "\n".join(f"  {key}: {old!r} in the run, now {new!r}" for key, old, new in changed)
                 raise ConfigError(f"--resume: the run in {self.path} has another configuration:\n{lines}")
-
-    def _has_begun(self) -> bool:
-        """Whether a run left more than its configuration, as one does that failed for missing images, for example."""
-        results = [METRICS_FILE, ARCHITECTURE_FILE, WARM_UP_FOLDER]
-        if (self.path / CONFIG_FILE).exists():
-            results += [TABLE_FILE, PARTIAL_TABLE_FILE]
-        return has_checkpoint(self.path) or any((self.path / name).exists() for name in results)
 
     def close(self) -> None:
         """Let another process work in the folder."""
@@ -145,6 +138,14 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of every key that differs and makes it another run."""
     before, after = _flat(config_to_dict(old)), _flat(config_to_dict(new))
     return [(key, before[key], after[key]) for key in before if before[key] != after[key] and key not in FREE_KEYS]
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether a run left more than its configuration, as one does that failed for missing images, for example."""
+    results = [METRICS_FILE, ARCHITECTURE_FILE]
+    if (path / CONFIG_FILE).exists():
+        results += [TABLE_FILE, PARTIAL_TABLE_FILE]
+    return has_checkpoint(path) or any((path / name).exists() for name in results)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
