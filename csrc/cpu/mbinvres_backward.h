@@ -113,7 +113,7 @@ inline void backward_channels(const LayerPlan<E>& plan, const CandidatePlan<E>& 
   double dh1_sums[2][Blocking<T>::planes * kLanes] = {};
   ImageSums<T> sums{scratch.zeros<T>(chunk.planes * taps * kLanes), dh1_sums[0], dh1_sums[1], nullptr};
   T* dh1 = scratch.take<T>(chunk.planes * g.m * kLanes);
-  T* memory = scratch.take<T>(backward_memory<T>(g, c.kernel, g.height));
+  T* memory = scratch.zeros<T>(backward_memory<T>(g, c.kernel, g.height));
   for (int64_t n = 0; n < g.batch; ++n)
     backward_image(plan, c, b, chunk, n, ChunkWeights<E>{nullptr, depthwise, flipped}, g.height, memory, sums,
                    dh1, false);

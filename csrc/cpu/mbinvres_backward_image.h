@@ -157,6 +157,7 @@ TFNAS_INLINE int64_t elements_of(const Compute<E>* strip, int64_t strip_plane, i
   }
 }
 
+// `memory`: backward_memory elements, zero before the first image, then left alone.
 // `target`: channels: dh1 of the chunk [planes][m][16]; strips: dx [m][ci], overwritten or (accumulate) added
 // to.
 template <class E>
@@ -170,16 +171,15 @@ inline void backward_image(const LayerPlan<E>& plan, const CandidatePlan<E>& c, 
   const int64_t taps = c.kernel * c.kernel, strip_plane = strip_rows * g.width * kLanes;
   const int64_t in_rows = strip_rows + 2 * c.kernel + 2, out_rows = strip_rows / g.stride + 2 * c.kernel + 2;
   T* zero_row = memory;
-  std::memset(zero_row, 0, (g.width + 2 * c.kernel) * kLanes * sizeof(T));
   T* tile = zero_row + (g.width + 2 * c.kernel) * kLanes;
   T* derivative = tile + Blocking<T>::planes * kBlock * kLanes;
   T* h1 = derivative + Blocking<T>::planes * strip_plane;
   T* taps_sum = h1 + Blocking<T>::planes * strip_plane;
   E* elements = reinterpret_cast<E*>(taps_sum + Blocking<T>::planes * taps * kLanes);
   T* ring_memory = taps_sum + Blocking<T>::planes * (taps + kBlock) * kLanes;
-  const Ring<T> in_ring(ring_memory, chunk.planes, in_rows, g.width, c.pad);
-  const Ring<T> out_ring(ring_memory + Ring<T>::size(Blocking<T>::planes, in_rows, g.width, c.pad),
-                         chunk.planes, out_rows, g.out_width, c.pad);
+  const Ring<T> in_ring(ring_memory, in_rows, g.width, c.pad);
+  const Ring<T> out_ring(ring_memory + Ring<T>::size(Blocking<T>::planes, in_rows, g.width, c.pad), out_rows,
+                         g.out_width, c.pad);
   std::memset(taps_sum, 0, chunk.planes * taps * kLanes * sizeof(T));
   int64_t filled = 0, weighted = 0;  // rows of dy2 so far: in the ring, in the weight gradient
   for (int64_t r0 = 0; r0 < g.height; r0 += strip_rows) {

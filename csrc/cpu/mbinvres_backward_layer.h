@@ -74,6 +74,7 @@ inline void backward_project(const BackwardState<E>& state, const CandidatePlan<
     }
     const Range range = share(c.planes, thread, threads.count);
     for_chunks<T>(range.begin, range.end, [&](Chunk chunk) {
+      if (plan.y2_again) depthwise_channels(plan, c, chunk);
       for_blocks(g, c.gate != nullptr, 0, g.m2,
                  [&](int64_t m0, int64_t count, int64_t n) { block(chunk, m0, count, n); });
       const int64_t begin = chunk.plane * kLanes, end = begin + chunk.planes * kLanes;
@@ -140,7 +141,7 @@ inline void backward_strips(const BackwardState<E>& state, const CandidatePlan<E
   double* sums = scratch.zeros<double>(threads.count * 2 * c.padded);
   parallel(threads, [&](int thread) {
     Scratch local;
-    T* memory = local.take<T>(backward_memory<T>(g, c.kernel, strip_rows));
+    T* memory = local.zeros<T>(backward_memory<T>(g, c.kernel, strip_rows));
     Range range = share(state.by_image ? g.batch : g.batch * count, thread, threads.count);
     if (state.by_image) range.begin *= count, range.end *= count;
     for (int64_t task = range.begin; task < range.end; ++task) {
@@ -185,8 +186,6 @@ inline void run_backward(const Layer<Compute<E>>& layer, const E* x, const void*
   const int part_count = by_image ? 1 : threads.count;
   T** parts = scratch.take<T*>(part_count);
   bool* written = scratch.take<bool>(threads.count);
-  int64_t largest = 0;
-  for (int i = 0; i < plan.count; ++i) largest = maximum(largest, plan.candidates[i].padded);
   for (int t = 0; t < part_count; ++t) {
     parts[t] = dx ? scratch.take<T>(g.m * g.ci) : nullptr;
     if (dx && !channels && !by_image) std::memset(parts[t], 0, g.m * g.ci * sizeof(T));
@@ -196,7 +195,8 @@ inline void run_backward(const Layer<Compute<E>>& layer, const E* x, const void*
       plan,    threads,  parts,
       written, by_image, NarrowCorrection<T>{scratch.zeros<T>(g.ci), scratch.zeros<T>(g.ci * g.ci)}};
   E* dy3 = scratch.take<E>(g.m2 * g.co);
-  E* wide = scratch.take<E>(largest * g.m2);
+  E* wide = scratch.take<E>(largest_padded(plan) * g.m2);
+  share_y2(plan, scratch);
   bool expand_wanted = false;
   for (int i = 0; gradients && i < plan.count; ++i) expand_wanted |= gradients[i].expand.data != nullptr;
   PixelPairs<E> x_pairs{};

@@ -125,7 +125,7 @@ inline void forward_channels(const LayerPlan<E>& plan, const CandidatePlan<E>& c
               c.bias1 + channel, offset(statistics.mean1, channel), offset(statistics.var1, channel));
 
   std::memset(sums, 0, sizeof sums);
-  T* memory = scratch.take<T>(forward_memory<T>(g, c.kernel, g.height));
+  T* memory = scratch.zeros<T>(forward_memory<T>(g, c.kernel, g.height));
   for (int64_t n = 0; n < g.batch; ++n) {
     forward_image(plan, c, chunk, n, x, ChunkWeights<E>{nullptr, depthwise, nullptr}, g.height, memory,
                   moments, n == 0);
@@ -139,6 +139,23 @@ inline void forward_channels(const LayerPlan<E>& plan, const CandidatePlan<E>& c
   if (!c.gate) return;
   for (int v = 0; v < chunk.planes; ++v)
     for (int64_t n = 0; n < g.batch; ++n) pool_plane(g, c, chunk.plane + v, n);
+}
+
+// Channels: y2 of one chunk and the whole batch once more, from y1 and BN1's statistics.
+template <class E>
+inline void depthwise_channels(const LayerPlan<E>& plan, const CandidatePlan<E>& c, Chunk chunk) {
+  using T = Compute<E>;
+  const Geometry& g = plan.g;
+  Scratch scratch;
+  const int64_t taps = c.kernel * c.kernel;
+  T* depthwise = scratch.take<T>(chunk.planes * taps * kLanes);
+  for (int v = 0; v < chunk.planes; ++v)
+    pack_depthwise(c, chunk.plane + v, depthwise + v * taps * kLanes, static_cast<T*>(nullptr));
+  T* memory = scratch.zeros<T>(forward_memory<T>(g, c.kernel, g.height));
+  PlaneMoments<T> ignored[Blocking<T>::planes];
+  for (int64_t n = 0; n < g.batch; ++n)
+    forward_image<E>(plan, c, chunk, n, nullptr, ChunkWeights<E>{nullptr, depthwise, nullptr}, g.height,
+                     memory, ignored, false);
 }
 
 // Strips: y2 of all images; images and chunks are shared out over the threads.
@@ -167,7 +184,7 @@ inline void forward_strips(const LayerPlan<E>& plan, const CandidatePlan<E>& c, 
   parallel(threads, [&](int thread) {
     Scratch local;
     double* sums = parts + thread * 2 * c.padded;
-    T* memory = local.take<T>(forward_memory<T>(g, c.kernel, strip_rows));
+    T* memory = local.zeros<T>(forward_memory<T>(g, c.kernel, strip_rows));
     PlaneMoments<T>* moments = local.take<PlaneMoments<T>>(c.planes);
     for (int64_t i = 0; i < c.planes; ++i) moments[i] = PlaneMoments<T>();
     const Range range = share(g.batch * count, thread, threads.count);
@@ -303,6 +320,7 @@ inline void run_forward(const Layer<Compute<E>>& layer, const E* x, E* out, void
   make_plan<E>(layer, saved, plan, training);
   const Geometry& g = plan.g;
   const E* padded = padded_narrow(x, g.m, g.in_channels, g.ci, scratch, threads);
+  share_y2(plan, scratch);
   if (training && plan.covariance) moments(g, padded, plan.mean_x, plan.covariance, threads);
   for (int i = 0; i < plan.count; ++i) {
     const CandidatePlan<E>& c = plan.candidates[i];

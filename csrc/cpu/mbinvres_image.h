@@ -11,7 +11,8 @@ namespace tfnas::TFNAS_ISA {
 
 constexpr int64_t kBlock = 128;  // pixels of a tile that stays in L1
 
-// The last rows of a map per plane, at columns -pad .. width + pad - 1; the side columns are zero.
+// The last rows of a map per plane, at columns -pad .. width + pad - 1. The side columns are never written:
+// zero, as `memory` is to begin with.
 template <class T>
 struct Ring {
   T* data;
@@ -20,13 +21,8 @@ struct Ring {
   static int64_t size(int planes, int64_t rows, int64_t width, int64_t pad) {
     return planes * rows * (width + 2 * pad) * kLanes;
   }
-  Ring(T* memory, int planes, int64_t ring_rows, int64_t width, int64_t side)
-      : data(memory), rows(ring_rows), row((width + 2 * side) * kLanes), plane(ring_rows * row), pad(side) {
-    for (int64_t i = 0; i < planes * rows; ++i) {
-      std::memset(data + i * row, 0, pad * kLanes * sizeof(T));
-      std::memset(data + (i + 1) * row - pad * kLanes, 0, pad * kLanes * sizeof(T));
-    }
-  }
+  Ring(T* memory, int64_t ring_rows, int64_t width, int64_t side)
+      : data(memory), rows(ring_rows), row((width + 2 * side) * kLanes), plane(ring_rows * row), pad(side) {}
   T* at(int64_t v, int64_t y) const { return data + v * plane + y % rows * row; }  // column -pad
   T* pixel(int64_t v, int64_t y, int64_t x) const { return at(v, y) + (pad + x) * kLanes; }
 };
@@ -163,7 +159,8 @@ inline void fill_forward(const LayerPlan<E>& plan, const CandidatePlan<E>& c, Ch
   });
 }
 
-// y2 of image n and its moments. `memory` holds the ring and the tile (forward_memory elements).
+// y2 of image n and its moments. `memory` holds a row of zeros, the tile and the ring: forward_memory
+// elements, zero before the first image, then left alone.
 template <class T>
 inline int64_t forward_memory(const Geometry& g, int kernel, int64_t strip_rows) {
   return Ring<T>::size(Blocking<T>::planes, strip_rows + kernel, g.width, kernel / 2) +
@@ -177,10 +174,8 @@ inline void forward_image(const LayerPlan<E>& plan, const CandidatePlan<E>& c, C
   const Geometry& g = plan.g;
   const int64_t taps = c.kernel * c.kernel;
   T* zero_row = memory;
-  std::memset(zero_row, 0, (g.width + 2 * c.kernel) * kLanes * sizeof(T));
   T* tile = zero_row + (g.width + 2 * c.kernel) * kLanes;
-  const Ring<T> ring(tile + Blocking<T>::planes * kBlock * kLanes, chunk.planes, strip_rows + c.kernel,
-                     g.width, c.pad);
+  const Ring<T> ring(tile + Blocking<T>::planes * kBlock * kLanes, strip_rows + c.kernel, g.width, c.pad);
   int64_t done = 0;
   for (int64_t r0 = 0; r0 < g.height; r0 += strip_rows) {
     const int64_t r1 = minimum(g.height, r0 + strip_rows), end = completed_rows(g, c.kernel, r1);

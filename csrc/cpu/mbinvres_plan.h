@@ -84,6 +84,7 @@ struct LayerPlan {
   Geometry g;
   Design design;
   int count;
+  bool y2_again;  // y2 is not saved: all candidates share the memory for it, backward makes it again
   Compute<E>*mean_x, *covariance;  // strips: [ci], [ci][ci]
   CandidatePlan<E> candidates[kMaxCandidates];
   int64_t saved;  // bytes
@@ -124,6 +125,8 @@ inline void make_plan(const Layer<Compute<E>>& layer, void* base, LayerPlan<E>& 
   for (int i = 0; i < layer.count; ++i) expands = expands || layer.candidates[i].expand.data != nullptr;
   if (!expands) plan.design = Design::strips;  // no BN1: nothing that a channel group could keep to itself
   const bool channels = plan.design == Design::channels;
+  // A depthwise convolution costs little beside the products, and all candidates' y2 a quarter of the memory.
+  plan.y2_again = channels && layer.count > 1;
   plan.mean_x = plan.covariance = nullptr;
   if (!channels && expands) carve(g.ci, &plan.mean_x), carve(g.ci * g.ci, &plan.covariance);
   for (int i = 0; i < layer.count; ++i) {
@@ -133,8 +136,8 @@ inline void make_plan(const Layer<Compute<E>>& layer, void* base, LayerPlan<E>& 
     c.width = weights.width, c.planes = (c.width + kLanes - 1) / kLanes, c.padded = c.planes * kLanes;
     c.kernel = weights.kernel_size, c.pad = c.kernel / 2;
     c.expands = weights.expand.data != nullptr;
-    c.y1 = nullptr;
-    carve(c.planes * g.m2 * kLanes, &c.y2);
+    c.y1 = c.y2 = nullptr;
+    if (!plan.y2_again) carve(c.planes * g.m2 * kLanes, &c.y2);
     if (channels && c.expands) carve(c.planes * g.m * kLanes, &c.y1);
     T** vectors[8] = {&c.mean1, &c.rstd1, &c.gain1, &c.bias1, &c.mean2, &c.rstd2, &c.gain2, &c.bias2};
     for (int v = 0; v < 8; ++v) {
@@ -152,6 +155,21 @@ inline void make_plan(const Layer<Compute<E>>& layer, void* base, LayerPlan<E>& 
     }
   }
   plan.saved = used;
+}
+
+template <class E>
+inline int64_t largest_padded(const LayerPlan<E>& plan) {
+  int64_t largest = 0;
+  for (int i = 0; i < plan.count; ++i) largest = maximum(largest, plan.candidates[i].padded);
+  return largest;
+}
+
+// Gives the candidates their common y2 where it is not saved.
+template <class E>
+inline void share_y2(LayerPlan<E>& plan, Scratch& scratch) {
+  if (!plan.y2_again) return;
+  E* y2 = scratch.take<E>(largest_padded(plan) * plan.g.m2);
+  for (int i = 0; i < plan.count; ++i) plan.candidates[i].y2 = y2;
 }
 
 // A group of up to Blocking::planes planes of one candidate.
