@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -30,6 +32,15 @@ class Offsets(NamedTuple):
     se_weight: int  # of se_reduce_weight and se_expand_weight
     se_reduce_bias: int
     se_expand_bias: int
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only when they are written to, where the system can: what is not trained needs none."""
+    size = math.prod(shape) * dtype.itemsize
+    if sys.platform != "linux" or size == 0 or torch.get_default_device().type != "cpu":
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class PackedLayer(nn.Module):
@@ -74,7 +85,7 @@ class PackedLayer(nn.Module):
         )
         for role, shape in zip(ROLES, shapes, strict=True):
             self.register_parameter(role, nn.Parameter(torch.zeros(shape, dtype=dtype)))
-            self.register_buffer(f"{role}_momentum", torch.zeros(shape, dtype=dtype), persistent=False)
+            self.register_buffer(f"{role}_momentum", _untouched_zeros(shape, dtype), persistent=False)
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
