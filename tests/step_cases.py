@@ -33,19 +33,19 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def run_steps(these: SearchSteps) -> list[Tensor]:
-    """Seven weight steps and three architecture steps over a change of rate and temperature, and one of widths."""
+    """Six weight steps and three architecture steps over a change of rate and temperature, and one of widths."""
     found = []
     like = these.supernet.log_alpha
-    for step, (images, labels) in enumerate(batches(7)):
+    for step, (images, labels) in enumerate(batches(6)):
         images, labels = images.to(like), labels.to(like.device)
-        if step in (0, 3):
+        if step in (0, 2):
             these.begin(step, 0.1 / (step + 1), 5.0 - step, "random")
-        if step == 4:
+        if step == 3:
             widths = [[width - 1 for width in row] for row in these.supernet.widths]
             these.supernet.set_widths(widths)
             these.set_latencies(LayerLatencies(these.latencies.block_ms * 1.5, 0.7))
         found.append(these.weight(images, labels))
-        if step % 2:
+        if step < 3:
             found.append(these.architecture(images.flip(0), labels.flip(0)))
     return found
 

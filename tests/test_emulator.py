@@ -14,7 +14,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
-KERNEL_TESTS = sorted(path.stem for path in EMULATOR.glob("test_*.cpp"))
+# ctest runs all of them; the sweep over all combinations takes ten seconds and the rest covers its kernels.
+SWEEPS = ("test_identities",)
+KERNEL_TESTS = [
+    pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem in SWEEPS else [])
+    for path in sorted(EMULATOR.glob("test_*.cpp"))
+]
 PLANTED = (
     "missing_barrier",
     "barrier_after_return",

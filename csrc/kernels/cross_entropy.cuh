@@ -11,7 +11,7 @@ namespace tfnas::cuda {
 
 // grid rows, block kSumThreads.
 template <class A>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 1)
     cross_entropy_rows(const A* logits, const int64_t* labels, A* dlogits, double* row_losses,
                        int* row_correct, int rows, int classes) {
   constexpr int kWarps = kSumThreads / 32;

@@ -57,10 +57,13 @@ class GraphRunner:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self.forget()
+        self._steps: dict[tuple[object, ...], _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
 
     def forget(self) -> None:
-        self._steps: dict[tuple[object, ...], _Captured] = {}
+        if self._steps:
+            torch.cuda.synchronize(self._device)  # replays under way still use what is given up here
+        self._steps = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, name: str, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
