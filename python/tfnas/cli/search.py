@@ -16,25 +16,28 @@ def run(arguments: list[str]) -> int:
     from tfnas.bilevel import SearchFailed
     from tfnas.interrupt import SearchInterrupted
     from tfnas.pipeline import search
+    from tfnas.processes import is_first_process
 
     try:
         if isinstance(config.target_latency_ms, list):
             return _search_targets(config)
         result = search(config)
     except SearchInterrupted as stopped:
-        print(f"tfnas search: {stopped}", file=sys.stderr)
+        if is_first_process():
+            print(f"tfnas search: {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number
     except SearchFailed as error:
         print(f"tfnas search: error: {error}", file=sys.stderr)
         return FAILED
-    if not result.met:
+    if result.met:
+        return OK
+    if is_first_process():
         print(
             f"tfnas search: the derived network has {result.lut_latency_ms:.4f} ms, the target is "
             f"{result.target_latency_ms:.4f} ms; --derive repair finds the most probable network that meets it",
             file=sys.stderr,
         )
-        return TARGET_MISSED
-    return OK
+    return TARGET_MISSED
 
 
 def _search_targets(config: SearchConfig) -> int:

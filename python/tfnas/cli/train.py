@@ -27,13 +27,15 @@ def run(arguments: list[str]) -> int:
     config = parse_train_arguments(arguments)
 
     from tfnas.interrupt import TrainingInterrupted
+    from tfnas.processes import is_first_process
     from tfnas.train import train
     from tfnas.train_loop import TrainingFailed
 
     try:
         train(config)
     except TrainingInterrupted as stopped:
-        print(f"tfnas train: {stopped}", file=sys.stderr)
+        if is_first_process():
+            print(f"tfnas train: {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number
     except TrainingFailed as error:
         print(f"tfnas train: error: {error}", file=sys.stderr)
