@@ -39,9 +39,11 @@ def options_of(case: BlockCase) -> tuple[Any, ...]:
     return case.stride, case.act, case.residual, case.mid if case.width is None else case.width, 1e-5
 
 
-def check_block(case: BlockCase, mask: int) -> None:
-    print(case, mask)
+def check_block(case: BlockCase, mask: int, dtype: torch.dtype = torch.float32) -> None:
+    """`dtype` is that of x; weights are float32."""
+    print(case, mask, dtype)
     block = make_block(case).to(torch.float32)
+    block.leaves["x"] = block.leaves["x"].detach().to(dtype).requires_grad_()
     call = (*tensors_of(block), *options_of(case), case.design, case.se_act, case.se_gate)
     opcheck(torch.ops.tfnas.mbinvres.default, call)
     detached = [None if t is None else t.detach() for t in tensors_of(block)]
@@ -58,10 +60,15 @@ def test_block_is_registered_properly(index: int) -> None:
     check_block(CASES[index], index)
 
 
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_bfloat16_block_is_registered_properly(index: int) -> None:
+    check_block(CASES[index], index, torch.bfloat16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_random_blocks_are_registered_properly(seed: int) -> None:
-    check_block(random_case(seed), seed)
+    check_block(random_case(seed), seed, torch.bfloat16 if seed % 2 else torch.float32)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced"])
