@@ -128,7 +128,7 @@ def _call(case: Case, name: str, module: nn.Module, phase: str, dtype: torch.dty
 def _check_equal(case: Case, phase: str, dtype: torch.dtype, calls: dict[str, Run]) -> None:
     results = {name: call() for name, call in calls.items()}
     want = [t.double() for t in results["eager_channels_last"]]
-    # Gradients of scales and biases before a batch norm can be zero but for rounding: none counts for less than a share.
+    # Gradients of what a batch norm undoes are zero but for rounding: none counts for less than a share of all.
     least = TOLERANCE[dtype] / 10 * float(torch.stack([t.norm() for t in want[1:]] or [torch.tensor(0.0)]).norm())
     for name, found in results.items():
         for index, (a, b) in enumerate(zip(found, want, strict=True)):
