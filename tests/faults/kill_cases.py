@@ -17,7 +17,7 @@ from train_cases import train_values
 from warm import Ended, WarmParent
 
 _TIMES = ("images_per_s", "time_left_s", "seconds", "date", "measured_latency_ms")
-_PATHS = ("output", "space", "architecture", "architecture_file", "weights_file")
+_PATHS = ("output", "folder", "space", "architecture", "architecture_file", "weights_file")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ def short_training(folder: Path, **changes: Any) -> Run:
     return _run("train", folder, train_values, {"checkpoint__every_steps": 1, "log__every_steps": 1} | changes)
 
 
+def search_of_targets(folder: Path) -> Run:
+    """Two targets after one warm-up, inside the range that the synthetic table gives."""
+    short = {"epochs": 2, "warmup_epochs": 1, "steps_per_epoch": 1}
+    return short_search(folder, target_latency_ms=[2.0, 2.8], tolerance=0.05, **short)
+
+
 def measured_search(folder: Path) -> Run:
     """A search that measures its latency table first."""
     profile = {"profile__budget_s": 0.1, "profile__batch_size": 1}
@@ -71,18 +77,20 @@ def _run(command: str, folder: Path, values: Callable[..., dict[str, Any]], chan
 
 def end_of(folder: Path) -> dict[str, Any]:
     """All that a finished run left, less times and paths: names of files, tensors, numbers."""
-    state, remarks = load_checkpoint(folder)
-    assert remarks == []
-    state.pop("metrics_bytes")  # times have more or fewer digits
     names = sorted(path.name for path in folder.iterdir())
-    return {
+    end: dict[str, Any] = {
         # a run that went on at its end has written no second checkpoint
         "names": [name for name in names if name != PREVIOUS],
-        "state": state,
         "weights": {name: read_weights(folder / name) for name in names if name.endswith(".safetensors")},
         "documents": {name: _plain(read_json(folder / name)) for name in names if name.endswith(".json")},
-        "metrics": [_plain(record) for record in read_metrics(folder / "metrics.jsonl")],
+        "runs": {name: end_of(folder / name) for name in names if (folder / name).is_dir()},
     }
+    if not end["runs"]:
+        end["state"], remarks = load_checkpoint(folder)
+        assert remarks == []
+        end["state"].pop("metrics_bytes")  # times have more or fewer digits
+        end["metrics"] = [_plain(record) for record in read_metrics(folder / "metrics.jsonl")]
+    return end
 
 
 def assert_same_end(end: dict[str, Any], expected: dict[str, Any]) -> None:

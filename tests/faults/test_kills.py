@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kill_cases import Run, assert_same_end, end_of, measured_search, short_search, short_training, with_table
+from kill_cases import (
+    Run,
+    assert_same_end,
+    end_of,
+    measured_search,
+    search_of_targets,
+    short_search,
+    short_training,
+    with_table,
+)
 from warm import WarmParent
 
 SLOW = os.environ.get("TFNAS_SLOW") == "1"
@@ -52,11 +61,13 @@ def test_killed_at_random_moments(warm: WarmParent, tmp_path: Path) -> None:
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("kind", ["search", pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["search", *(pytest.param(k, marks=pytest.mark.slow) for k in ("train", "targets"))])
 def test_killed_before_and_after_every_write(warm: WarmParent, tmp_path: Path, kind: str) -> None:
     """Before each call that moves a file (slow: that changes anything), which is after the one before it."""
     if kind == "search":
         run = short_search(tmp_path / kind, epochs=2, warmup_epochs=1, steps_per_epoch=1)
+    elif kind == "targets":
+        run = search_of_targets(tmp_path / kind)
     else:
         run = short_training(tmp_path / kind, epochs=2, steps_per_epoch=1)
     expected, _ = _uninterrupted(run, warm, tmp_path / "whole")
@@ -98,12 +109,12 @@ def test_killed_while_measuring_the_table(warm: WarmParent, tmp_path: Path) -> N
     run = measured_search(tmp_path / "search")
     _, seconds = _uninterrupted(run, warm, tmp_path / "whole")
     unfinished = 0
-    for number in range(20):
+    for number in range(10):
         folder = tmp_path / f"parts {number}"
         run.start(warm, folder, kill_after_s=seconds * rng.random())
         unfinished += not (folder / "lut.json").exists()
         end = run.finish(warm, folder)
         given = with_table(run, folder / "lut.json")
         assert_same_end(end, _uninterrupted(given, warm, tmp_path / f"given {number}")[0])
-    print(f"{unfinished} of 20 kills before the table was done")
+    print(f"{unfinished} of 10 kills before the table was done")
     assert unfinished > 0

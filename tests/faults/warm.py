@@ -6,7 +6,7 @@ Nothing is computed before the forks, so that no thread exists that a fork would
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import mmap
 import os
@@ -167,8 +167,11 @@ def _watch(request: _Request, counted: mmap.mmap) -> None:
 
 
 if __name__ == "__main__":
-    for module in ("tfnas.pipeline", "tfnas.train", "tfnas.cli.search", "tfnas.cli.train"):
+    for module in ("tfnas.pipeline", "tfnas.train", "tfnas.several_targets", "tfnas.cli.search", "tfnas.cli.train"):
         importlib.import_module(module)
+    if importlib.util.find_spec("matplotlib"):
+        importlib.import_module("matplotlib.backends.backend_agg")
+        importlib.import_module("matplotlib.figure")
     importlib.import_module("torch._dynamo")  # what every optimizer imports when it is made
     _serve(sys.stdin, sys.stdout)
     os._exit(0)  # nothing to tidy up, and torch takes its time
