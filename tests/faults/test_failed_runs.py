@@ -34,7 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Run, dict
     ends = {}
     for kind, make in RUNS.items():
         folder = tmp_path_factory.mktemp("whole")
-        run = make(folder / kind)
+        run = make(folder / kind, epochs=2, steps_per_epoch=3)
         assert call(run, folder / "run") == OK
         ends[kind] = run, end_of(folder / "run")
     return ends
@@ -65,8 +65,7 @@ def _no_cpu_memory(loop: Any) -> None:
     torch.empty(1 << 60, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("fail", [_no_gpu_memory, _no_cpu_memory])
+@pytest.mark.parametrize(("kind", "fail"), [("search", _no_cpu_memory), ("train", _no_gpu_memory)])
 def test_out_of_memory(
     kind: str,
     fail: Callable[[Any], None],
@@ -169,7 +168,7 @@ def test_weights_that_overflow_after_the_last_measured_loss(
 
 
 @pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("lr", ["1e30", "1e31", ".inf", ".nan"])
+@pytest.mark.parametrize("lr", ["1e30", ".inf"])
 def test_learning_rates_beyond_all_measure(
     kind: str, lr: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

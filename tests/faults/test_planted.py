@@ -92,7 +92,9 @@ def test_planted(plant: Callable[[Path, Path], None], tmp_path: Path, refused: C
     refused(data, "search", f"--config={search.config}", output, f"--data={data}")
 
 
-@pytest.mark.parametrize("plant", FORMS)
+@pytest.mark.parametrize(
+    "plant", [_plain, _torch, *(pytest.param(f, marks=pytest.mark.slow) for f in (_old_torch, _yaml))]
+)
 @pytest.mark.parametrize("kind", ["search", "train"])
 def test_planted_in_a_run(
     plant: Callable[[Path, Path], None], kind: str, tmp_path: Path, refused: Callable[..., None]
