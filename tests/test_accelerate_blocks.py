@@ -15,6 +15,7 @@ import tfnas_ext
 from tfnas_ext import drop_in_block
 from tfnas_ext._native import MODULE
 from tfnas_ext.drop_in_run import run_block
+from tfnas_ext.ops import NATIVE_DTYPES
 
 pytestmark = pytest.mark.skipif(MODULE is None, reason="the native module is not built")
 
@@ -215,6 +216,35 @@ def test_type_of_the_computation(fused_calls: list[bool]) -> None:
         assert x.grad is not None
         assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in fast.parameters())
     assert all(fused_calls)
+
+
+@pytest.mark.skipif(torch.bfloat16 not in NATIVE_DTYPES, reason="the kernels do not compute in bfloat16")
+def test_bfloat16(fused_calls: list[bool]) -> None:
+    """A bfloat16 network, a float32 one computing in it, and autocast: as near to float64 as plain bfloat16."""
+    torch.manual_seed(0)
+    block = timm_block()
+    x = images(8, batch=16)
+    exact = copy.deepcopy(block).double()(x)
+    plain = copy.deepcopy(block).bfloat16()(x.bfloat16())
+    allowed = 2 * (plain.double() - exact).norm()
+    for model, dtype in ((copy.deepcopy(block).bfloat16(), None), (block, torch.bfloat16)):
+        tfnas_ext.accelerate(model, dtype=dtype, strict=True)
+        given = x.to(next(model.parameters()).dtype)
+        out = model(given)
+        assert out.dtype == given.dtype
+        assert (out.double() - exact).norm() < allowed
+        out.float().square().sum().backward()
+        assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+    assert all(fused_calls)
+    tfnas_ext.accelerate(block)
+    fused_calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block(x.bfloat16())
+        assert out.dtype == torch.bfloat16
+        assert (out.double() - exact).norm() < allowed
+        assert fused_calls == [True]
+        assert block(x.float()).dtype == torch.float32  # the residual is: as plain autocast has it
+    assert fused_calls == [True, False]
 
 
 class Wide(nn.Module):

@@ -39,8 +39,9 @@ def accelerate(model: nn.Module, *, dtype: torch.dtype | None = None, strict: bo
 
     Args:
         model: any module, or such a block itself. On the CPU; blocks elsewhere are left alone.
-        dtype: what the blocks compute in, float32 or float64; None is the type of what they are called with. Weights
-            and inputs are converted in every call, the result is converted back.
+        dtype: what the blocks compute in, a native type (float32, float64, bfloat16); None is the type of what they are
+            called with. Inputs and weights are converted in every call (float32 weights stay what they are in
+            bfloat16), the result is converted back.
         strict: raise if any block is left alone, or if there is none.
 
     Raises:

@@ -39,7 +39,7 @@ def check_same_results(
         except Exception as error:  # whatever its code raises, it is no block of ours
             raise NotAccelerated(f"it does not run on one small input: {error}") from error
         for a, b in zip(fused(training), want, strict=True):
-            if not _near(a, b):
+            if not _near(a, b, dtype):
                 mode = "training" if training else "evaluation"
                 raise NotAccelerated(f"its forward gives other results than its parts in {mode}")
 
@@ -72,10 +72,11 @@ def _borrowed(block: nn.Module, training: bool) -> Iterator[None]:
             module._buffers.update(own)
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
+def _near(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    tolerance = max(_TOLERANCE, 16 * torch.finfo(a.dtype).eps) if a.is_floating_point() else 0
+    types = [a.dtype, dtype or a.dtype] if a.is_floating_point() else []
+    tolerance = max([_TOLERANCE, *(16 * torch.finfo(kind).eps for kind in types)]) if types else 0
     a, b = a.double(), b.double()
     if not bool(b.isfinite().all()):  # weights that overflow say nothing about the block
         return True

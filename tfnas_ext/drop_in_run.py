@@ -22,9 +22,10 @@ def run_block(block: nn.Module, parts: CheckedParts, x: Any, dtype: torch.dtype 
     """The block's output, running statistics updated as its norms ask for; None where its own code must run.
 
     Its own code runs for anything but a plain tensor [N, C, H, W] in the CPU's memory, of a type that the kernels
-    compute in and that the weights have (any, where `dtype` is given); under autocast, unless `dtype` is given; where
-    some norms use the batch's statistics and some running ones; for gradients through running statistics; where PyTorch
-    refuses one value per channel; and in traces and exports, whose graphs shall hold PyTorch's own operators only.
+    compute in and that the weights have (any, where `dtype` is given); under autocast, unless it is to bfloat16, which
+    the input has already, or `dtype` is given; where some norms use the batch's statistics and some running ones; for
+    gradients through running statistics; where PyTorch refuses one value per channel; and in traces and exports, whose
+    graphs shall hold PyTorch's own operators only.
     """
     if not _takes(x, dtype) or x.shape[1] != (parts.conv_pw or parts.conv_dw).in_channels:
         return None
@@ -33,7 +34,8 @@ def run_block(block: nn.Module, parts: CheckedParts, x: Any, dtype: torch.dtype 
         return None
     tensors, norms = _tensors(parts), [_norm(norm) for norm in parts.norms]
     compute = dtype or x.dtype
-    if any(t.device != x.device or (dtype is None and t.dtype != compute) for t in _given(tensors, norms)):
+    types = {compute, torch.float32} if torch.is_autocast_enabled("cpu") else {compute}
+    if any(t.device != x.device or (dtype is None and t.dtype not in types) for t in _given(tensors, norms)):
         return None
     if by_batch[0]:
         stride = parts.conv_dw.stride[0]
@@ -44,8 +46,8 @@ def run_block(block: nn.Module, parts: CheckedParts, x: Any, dtype: torch.dtype 
     if dtype is None:
         return _run(block, parts, x, tensors, norms, by_batch[0])
     with torch.autocast("cpu", enabled=False):
-        cast = [None if t is None else t.to(compute) for t in tensors]
-        cast_norms = [Norm(*(None if t is None else t.to(compute) for t in norm)) for norm in norms]
+        cast = [_as_weight(t, compute) for t in tensors]
+        cast_norms = [Norm(*(_as_weight(t, compute) for t in norm)) for norm in norms]
         return _run(block, parts, x.to(compute), cast, cast_norms, by_batch[0]).to(x.dtype)
 
 
@@ -56,7 +58,9 @@ def _takes(x: Any, dtype: torch.dtype | None) -> bool:
         return False
     if x.dim() != 4 or x.numel() == 0 or not x.is_floating_point() or (dtype or x.dtype) not in ops.NATIVE_DTYPES:
         return False
-    return dtype is not None or not torch.is_autocast_enabled("cpu")
+    if dtype is not None or not torch.is_autocast_enabled("cpu") or x.dtype == torch.float64:
+        return True
+    return x.dtype == torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def _tensors(parts: CheckedParts) -> list[Tensor | None]:
@@ -73,6 +77,13 @@ def _tensors(parts: CheckedParts) -> list[Tensor | None]:
 
 def _norm(module: nn.BatchNorm2d) -> Norm:
     return Norm(module.weight, module.bias, module.running_mean, module.running_var)
+
+
+def _as_weight(tensor: Tensor | None, compute: torch.dtype) -> Tensor | None:
+    """Of the type of the computation; float32 beside bfloat16 stays, which the kernels take and which loses nothing."""
+    if tensor is None or (compute == torch.bfloat16 and tensor.dtype == torch.float32):
+        return tensor
+    return tensor.to(compute)
 
 
 def _given(tensors: list[Tensor | None], norms: list[Norm]) -> list[Tensor]:
