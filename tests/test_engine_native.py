@@ -177,6 +177,36 @@ def test_tapes_that_live_at_once_do_not_meet() -> None:
         assert torch.equal(dx, wants[index])
 
 
+def test_same_bits_at_a_fixed_number_of_threads_and_the_same_values_at_others() -> None:
+    """Outputs and gradients of paths and mixture: twice with 1, 2 and 3 threads."""
+    x = torch.randn(6, 6, 22, 20, generator=torch.Generator().manual_seed(4))
+    before = torch.get_num_threads()
+
+    def everything() -> list[Tensor]:
+        native = Network("native")
+        v = native.v().detach()
+        outs, tape = native.engine.forward_paths(x, torch.tensor([[0, 1, 2, 3, 0], [3, 2, 1, 1, 0]]), v, True)
+        dx = native.engine.backward_paths(tape, outs, True)
+        out, tape = native.engine.forward_mixture(x, torch.full((5, 4), 0.25), v, True)
+        dx_mixture, du, dv = native.engine.backward_mixture(tape, out, True)
+        gradients = [gradient for *_, gradient in native.engine.read_gradients()]
+        return [t for t in (*outs, dx, out, dx_mixture, du, dv, *gradients) if t is not None]
+
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            first, second = everything(), everything()
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            results.append(first)
+    finally:
+        torch.set_num_threads(before)
+    scale = max(t.norm().item() for t in results[0][9:])  # gradients that cancel: rounding of the largest one's size
+    for other in results[1:]:
+        for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
+            assert ((a - b).norm() / (b.norm() if i < 9 else scale)).item() < 1e-5, i
+
+
 def test_refusals_say_why() -> None:
     spec = small_body("sink")
     layers = [PackedLayer(layer, dtype=torch.bfloat16) for layer in spec.layers]
