@@ -155,6 +155,14 @@ def run_alone(competitor: str, case: Case, step: str) -> int:
     steps = Steps(competitor, load_space(case.space), case.batch, case.resolution)
     for _ in range(3):
         steps.run(step)
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Of this process; on Linux from /proc, since ru_maxrss there counts the parent before the program began."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
