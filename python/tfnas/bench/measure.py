@@ -15,8 +15,8 @@ from tfnas_ext.timing import StopRule, Timer, measure_interleaved
 
 PHASES = ("inference", "step")
 Run = Callable[[], tuple[Tensor, ...]]  # one run of a phase: the output and, in a step, the gradients
-# Allowed difference of results, in the 2-norm: rounding of a whole network, far below that of any mistake.
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 2e-1}
+# Error (2-norm) against plain PyTorch in float32 that is allowed in any case: beyond it, twice that of the eager ones.
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
 
 
 class ResultsDifferError(RuntimeError):
@@ -71,7 +71,8 @@ def measure_cases(
             modules = _competitors(case, dtype, compiled)
             for phase in phases:
                 calls = {name: _call(case, name, module, phase, dtype) for name, module in modules.items()}
-                _check_equal(case, phase, dtype, calls)
+                exact = copy.deepcopy(modules["eager_channels_last"]).float()
+                _check_equal(case, phase, dtype, calls, _call(case, "exact", exact, phase, dtype)())
                 samples = measure_interleaved(calls, timer=timer, rule=rule, warm_up=2, rejection=False)
                 times = {name: found.median_ms for name, found in samples.items()}
                 passes = 3 if phase == "step" else 1
@@ -100,7 +101,8 @@ def _competitors(case: Case, dtype: torch.dtype, compiled: bool) -> dict[str, nn
 
 def _call(case: Case, name: str, module: nn.Module, phase: str, dtype: torch.dtype) -> Run:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(case.input_shape, generator=generator).to(dtype)
+    computed = next(module.parameters()).dtype  # `dtype`, or a wider one for the same images
+    x = torch.randn(case.input_shape, generator=generator).to(dtype).to(computed)
     if name != "eager_nchw":
         x = x.contiguous(memory_format=torch.channels_last)
     if phase == "inference":
@@ -119,23 +121,28 @@ def _call(case: Case, name: str, module: nn.Module, phase: str, dtype: torch.dty
         module.train()
         out = module(x)
         if not dout:
-            dout.append(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype))
+            dout.append(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype).to(computed))
         return (out.detach(), *torch.autograd.grad(out, leaves, dout[0]))
 
     return step
 
 
-def _check_equal(case: Case, phase: str, dtype: torch.dtype, calls: dict[str, Run]) -> None:
-    results = {name: call() for name, call in calls.items()}
-    want = [t.double() for t in results["eager_channels_last"]]
+def _check_equal(case: Case, phase: str, dtype: torch.dtype, calls: dict[str, Run], exact: tuple[Tensor, ...]) -> None:
     # Gradients of what a batch norm undoes are zero but for rounding: none counts for less than a share of all.
-    least = TOLERANCE[dtype] / 10 * float(torch.stack([t.norm() for t in want[1:]] or [torch.tensor(0.0)]).norm())
-    for name, found in results.items():
-        for index, (a, b) in enumerate(zip(found, want, strict=True)):
-            error = float((a - b).norm() / b.norm().clamp_min(least if index else 0.0))
-            if not error <= TOLERANCE[dtype]:
+    least = TOLERANCE[dtype] / 10 * float(torch.stack([t.norm() for t in exact[1:]] or [torch.tensor(0.0)]).norm())
+    errors = {
+        name: [
+            float((a.to(b.dtype) - b).norm() / b.norm().clamp_min(least if index else 0.0))
+            for index, (a, b) in enumerate(zip(call(), exact, strict=True))
+        ]
+        for name, call in calls.items()
+    }
+    for name, found in errors.items():
+        for index, error in enumerate(found):
+            allowed = max(TOLERANCE[dtype], 2 * errors["eager_nchw"][index], 2 * errors["eager_channels_last"][index])
+            if not error <= allowed:
                 what = "output" if index == 0 else f"gradient {index - 1}"
                 raise ResultsDifferError(
                     f"{case.name}, {phase}, {dtype}: {what} of {name!r} is off by {error:.1e} (relative 2-norm, "
-                    f"allowed {TOLERANCE[dtype]}): nothing was timed"
+                    f"allowed {allowed:.1e}): nothing was timed"
                 )
