@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 import tfnas_ext
 from tfnas_ext.backends import cpu_capability
 from tfnas_ext.timing import CpuTimer, ProcessTimer, StopRule, measure_interleaved
+from tfnas_ext.timing_host import peak_resident_bytes
 
 COMPETITORS = ("ours", "eager_nchw", "eager_channels_last")
 
@@ -177,10 +177,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.peak_of:
         competitor = Competitor(args.peak_of, args)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_resident_bytes()
         for _ in range(2):
             competitor.train()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        print(peak_resident_bytes() - before)
         return
     result = measure(args)
     for key in ("training", "inference"):

@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +52,7 @@ from tfnas_ext.engine import EngineFactory, register_engine
 from tfnas_ext.engine_reference import ReferenceEngine
 from tfnas_ext.reference import mbinvres
 from tfnas_ext.timing import CpuTimer, ProcessTimer, StopRule, measure_interleaved
+from tfnas_ext.timing_host import peak_resident_bytes
 
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
@@ -156,14 +156,6 @@ def run_alone(competitor: str, case: Case, step: str) -> int:
     for _ in range(3):
         steps.run(step)
     return peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """Of this process; on Linux from /proc, since ru_maxrss there counts the parent before the program began."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_bytes(threads: int, competitor: str, case: Case, step: str) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,7 +21,7 @@ from tfnas_ext.timing import (
     median_interval_rank,
     smoothed_drift,
 )
-from tfnas_ext.timing_host import flush_cache, pinned_threads, set_allocator
+from tfnas_ext.timing_host import flush_cache, peak_resident_bytes, pinned_threads, set_allocator
 
 
 class ScriptedClock:
@@ -254,3 +256,12 @@ def test_threads_are_pinned_and_restored() -> None:
 def test_allocator_settings_are_reported() -> None:
     settings = set_allocator()
     assert settings is None or settings["mmap_max"] == 0
+
+
+def test_peak_resident_bytes_is_this_process_alone() -> None:
+    """A child of a large parent starts with its own peak."""
+    ballast = bytearray(b"\x01" * (512 << 20))  # written to, so resident
+    code = "from tfnas_ext.timing_host import peak_resident_bytes; print(peak_resident_bytes())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert peak_resident_bytes() > len(ballast)
+    assert 50 << 20 < int(child.stdout) < peak_resident_bytes()

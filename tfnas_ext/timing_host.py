@@ -7,6 +7,7 @@ import ctypes
 import ctypes.util
 import platform
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from functools import lru_cache
@@ -101,3 +102,16 @@ def cpu_name() -> str:
     if "cpu family" in facts:
         name += f" (family {facts['cpu family']}, model {facts.get('model', '?')})"
     return name
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had resident, in bytes.
+
+    On Linux from /proc: `ru_maxrss` there also counts what the parent held when it started this process.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes

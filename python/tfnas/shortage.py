@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import resource
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,4 +40,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from tfnas_ext.timing_host import peak_resident_bytes
+
+    return peak_resident_bytes()
