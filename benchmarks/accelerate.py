@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=12, help="at most, of each competitor")
+    parser.add_argument("--samples", type=int, default=12, help="at least, of each competitor, if time allows")
     parser.add_argument("--seconds", type=float, default=30, help="at most, of each competitor and kind")
     parser.add_argument("--clock", choices=("wall", "process"), default="wall", help="process: CPU time, all threads")
     parser.add_argument("--no-peak", action="store_true", help="leave out the resident sizes of processes of their own")
