@@ -19,7 +19,8 @@ from tfnas.space_io import load_space
 
 @pytest.fixture
 def table_file(tmp_path: Path) -> Path:
-    save_table(tmp_path / "small.json", synthetic_table(load_space("small")))
+    table = synthetic_table(load_space("small"))
+    save_table(tmp_path / "small.json", dataclasses.replace(table, header={"device": "synthetic", "batch": 1}))
     return tmp_path / "small.json"
 
 
