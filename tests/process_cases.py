@@ -7,8 +7,10 @@ import os
 import pickle
 import queue
 import socket
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -29,8 +31,7 @@ def run_processes(world_size: int, function: Callable[..., Any], *arguments: Any
         context.Process(target=_one, args=(rank, world_size, port, results, function, arguments))
         for rank in range(world_size)
     ]
-    for process in processes:
-        process.start()
+    start_outside_the_sources(processes)
     found: dict[int, Any] = {}
     try:
         while len(found) < world_size:
@@ -44,6 +45,17 @@ def run_processes(world_size: int, function: Callable[..., Any], *arguments: Any
             process.kill()
             process.join()
     return [found[rank] for rank in range(world_size)]
+
+
+def start_outside_the_sources(processes: Sequence[BaseProcess]) -> None:
+    """Start processes of a fork server; the server imports what it preloads from the folder that it is started in."""
+    here = os.getcwd()
+    os.chdir(tempfile.gettempdir())
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        os.chdir(here)
 
 
 def raise_failures(results: list[Any]) -> list[Any]:

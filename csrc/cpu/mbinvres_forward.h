@@ -129,8 +129,8 @@ inline void forward_channels(const LayerPlan<E>& plan, const CandidatePlan<E>& c
   for (int64_t n = 0; n < g.batch; ++n) {
     forward_image(plan, c, chunk, n, x, ChunkWeights<E>{nullptr, depthwise, nullptr}, g.height, memory,
                   moments, n == 0);
-    for (int v = 0; v < chunk.planes; ++v)
-      if (moments[v].pending >= 512 || n + 1 == g.batch)
+    for (int v = 0; v < chunk.planes; ++v)  // longer sums in T would be the largest error of small maps
+      if (moments[v].pending >= 64 || n + 1 == g.batch)
         moments[v].flush(sums[0] + v * kLanes, sums[1] + v * kLanes);
   }
   finish_norm(sums[0], sums[1], g.m2, c.width - channel, chunk.planes * kLanes,
