@@ -24,35 +24,16 @@ DepthwiseBackwardArgs<T> depthwise_backward_args(const LayerArgs<T>& a, const La
   args.expand = a.expand, args.depthwise = a.depthwise, args.table = a.table, args.choice = a.choice;
   args.batch = a.batch, args.height = a.height, args.width = a.width, args.channels = a.in_channels;
   args.stride = S, args.act = a.act, args.active = size.active, args.taps = size.taps;
-  auto with = [&](int y, int x, int images) {
-    DepthwiseBackwardArgs<T> tried = args;
-    tried.tile_height = y, tried.tile_width = x, tried.tile_images = images;
-    return tried;
-  };
-  const std::array<int64_t, 7> sizes{a.batch,
-                                     a.height,
-                                     a.width,
-                                     a.in_channels,
-                                     S,
-                                     size.largest_kernel,
-                                     static_cast<int64_t>(a.device.shared_bytes)};
-  const TileChoice tile = remembered_tile<Tile>(sizes, [&] {
-    return choose_tile(
-        a.height, a.width, a.batch, 2, 4, a.device.shared_bytes,
-        [&](int y, int x, int images) {
-          return Tile(with(y, x, images), size.largest_kernel).shared_bytes(size.largest_kernel);
-        },
-        [&](int y, int x, int images) {
-          const DepthwiseBackwardArgs<T> tried = with(y, x, images);
-          const Tile sizes(tried, size.largest_kernel);
-          return tried.tiles() * (sizes.rows * (2.0 + a.in_channels / 8.0 + 2.0 * size.taps / (S * S)) +
-                                  8.0 * sizes.out_pixels);
-        });
-  });
-  args.tile_height = tile.height, args.tile_width = tile.width, args.tile_images = tile.images;
-  shared_bytes = tile.shared_bytes;
-  const int wanted = tile.height ? ceil_div(4 * a.device.multiprocessors, args.tiles()) : 1;
-  args.chunks_per_block = ceil_div(size.chunks, wanted < size.chunks ? wanted : size.chunks);
+  shared_bytes = fit_tile<Tile>(
+      args, a, size, a.height, a.width, 2, 4,
+      [&](const DepthwiseBackwardArgs<T>& tried) {
+        return Tile(tried, size.largest_kernel).shared_bytes(size.largest_kernel);
+      },
+      [&](const DepthwiseBackwardArgs<T>& tried) {
+        const Tile sizes(tried, size.largest_kernel);
+        return tried.tiles() * (sizes.rows * (2.0 + a.in_channels / 8.0 + 2.0 * size.taps / (S * S)) +
+                                8.0 * sizes.out_pixels);
+      });
   return args;
 }
 

@@ -55,37 +55,17 @@ ExpandDwArgs<T> expand_dw_args(const LayerArgs<T>& a, const LayerSizes& size, si
   args.expand = a.expand, args.depthwise = a.depthwise, args.table = a.table, args.choice = a.choice;
   args.batch = a.batch, args.height = a.height, args.width = a.width, args.channels = a.in_channels;
   args.stride = S, args.act = a.act, args.active = size.active;
-  auto with = [&](int y, int x, int images) {
-    ExpandDwArgs<T> tried = args;
-    tried.tile_height = y, tried.tile_width = x, tried.tile_images = images;
-    return tried;
-  };
-  const std::array<int64_t, 7> sizes{a.batch,
-                                     a.height,
-                                     a.width,
-                                     a.in_channels,
-                                     S,
-                                     size.largest_kernel,
-                                     static_cast<int64_t>(a.device.shared_bytes)};
-  const TileChoice tile = remembered_tile<Tile>(sizes, [&] {
-    return choose_tile(
-        size.out_height, size.out_width, a.batch, Shape::kRegisterRows, Shape::kRegisterColumns,
-        a.device.shared_bytes,
-        [&](int y, int x, int images) {
-          return Tile(with(y, x, images), size.largest_kernel).shared_bytes(images, size.largest_kernel);
-        },
-        [&](int y, int x, int images) {
-          const ExpandDwArgs<T> tried = with(y, x, images);
-          const double taps = size.taps, outputs = double(images) * y * x;
-          return tried.tiles() *
-                 (Tile(tried, size.largest_kernel).rows * (2.0 + a.in_channels / 8.0) + outputs * taps);
-        });
-  });
-  args.tile_height = tile.height, args.tile_width = tile.width, args.tile_images = tile.images;
-  shared_bytes = tile.shared_bytes;
-  // Enough blocks to fill the card, no more: every run stages x again.
-  const int wanted = tile.height ? ceil_div(4 * a.device.multiprocessors, args.tiles()) : 1;
-  args.chunks_per_block = ceil_div(size.chunks, wanted < size.chunks ? wanted : size.chunks);
+  shared_bytes = fit_tile<Tile>(
+      args, a, size, size.out_height, size.out_width, Shape::kRegisterRows, Shape::kRegisterColumns,
+      [&](const ExpandDwArgs<T>& tried) {
+        return Tile(tried, size.largest_kernel).shared_bytes(tried.tile_images, size.largest_kernel);
+      },
+      [&](const ExpandDwArgs<T>& tried) {
+        const double taps = size.taps,
+                     outputs = double(tried.tile_images) * tried.tile_height * tried.tile_width;
+        return tried.tiles() *
+               (Tile(tried, size.largest_kernel).rows * (2.0 + a.in_channels / 8.0) + outputs * taps);
+      });
   return args;
 }
 

@@ -97,4 +97,34 @@ TileChoice remembered_tile(const std::array<int64_t, 7>& sizes, Choose choose) {
   return found != chosen.end() ? found->second : chosen.emplace(sizes, choose()).first->second;
 }
 
+// Gives `args` of a wide kernel the best tile of the layer and enough blocks to fill the card, no more: every
+// run of chunks stages x again. `bytes(tried)` and `work(tried)` describe the kernel, as in choose_tile.
+// Returns the shared memory of a block; `Kernel` is a type of the kernel's own.
+template <class Kernel, class T, class Args, class Bytes, class Work>
+size_t fit_tile(Args& args, const LayerArgs<T>& a, const LayerSizes& size, int map_height, int map_width,
+                int step_y, int step_x, Bytes bytes, Work work) {
+  const auto with = [&](int y, int x, int images) {
+    Args tried = args;
+    tried.tile_height = y, tried.tile_width = x, tried.tile_images = images;
+    return tried;
+  };
+  const std::array<int64_t, 7> sizes{a.batch,
+                                     a.height,
+                                     a.width,
+                                     a.in_channels,
+                                     args.stride,
+                                     size.largest_kernel,
+                                     static_cast<int64_t>(a.device.shared_bytes)};
+  const TileChoice tile = remembered_tile<Kernel>(sizes, [&] {
+    return choose_tile(
+        map_height, map_width, a.batch, step_y, step_x, a.device.shared_bytes,
+        [&](int y, int x, int images) { return bytes(with(y, x, images)); },
+        [&](int y, int x, int images) { return work(with(y, x, images)); });
+  });
+  args.tile_height = tile.height, args.tile_width = tile.width, args.tile_images = tile.images;
+  const int wanted = tile.height ? ceil_div(4 * a.device.multiprocessors, args.tiles()) : 1;
+  args.chunks_per_block = ceil_div(size.chunks, wanted < size.chunks ? wanted : size.chunks);
+  return tile.shared_bytes;
+}
+
 }  // namespace tfnas::cuda

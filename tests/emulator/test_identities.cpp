@@ -5,7 +5,7 @@
 #include <string>
 
 #include "layer_backward.cuh"
-#include "reference_block.h"
+#include "reference_layer.h"
 
 using namespace emulator_check;
 using namespace tfnas::cuda;
@@ -41,16 +41,7 @@ struct Run {
       const Values& dout)
       : block(block), dout(dout), u(block.u) {
     const Shape& shape = block.shape;
-    args.host_table = table, args.table = &table, args.choice = choice < 0 ? nullptr : &choice;
-    args.batch = shape.batch, args.height = shape.height, args.width = shape.width;
-    args.in_channels = shape.in_channels, args.out_channels = shape.out_channels, args.stride = shape.stride;
-    args.act = shape.act, args.residual = residual, args.eps = block.eps;
-    args.expand = block.expand.data(), args.depthwise = block.depthwise.data(),
-    args.project = block.project.data();
-    args.se = {block.reduce_weight.data(), block.reduce_bias.data(), block.expand_weight.data(),
-               block.expand_bias.data()};
-    args.u = choice < 0 ? u.data() : nullptr;
-    args.device = {99 * 1024, 2};
+    args = layer_args(block, table, choice, residual, u);
     const LayerSizes size(args);
     out.resize(shape.out_pixels() * shape.out_channels), dx.resize(shape.in_pixels() * shape.in_channels);
     du.resize(size.slots), dexpand.resize(size.active * shape.in_channels);

@@ -1,7 +1,7 @@
 // A layer's whole sequence of launches, as a GPU runs it, against the textbook forward and backward in
 // float64.
 #include "layer_backward.cuh"
-#include "reference_block.h"
+#include "reference_layer.h"
 
 using namespace emulator_check;
 using namespace tfnas::cuda;
@@ -26,17 +26,7 @@ void check(const char* name, const Shape& shape, const LayerTable& table, int ch
   for (int64_t i = 0; residual && i < out_count; i++) block.out[i] += total * to_double(block.x[i]);
 
   const std::vector<A> u = converted<A>(block.u);
-  LayerArgs<T> args{};
-  args.host_table = table, args.table = &table, args.choice = choice < 0 ? nullptr : &choice;
-  args.batch = shape.batch, args.height = shape.height, args.width = shape.width;
-  args.in_channels = shape.in_channels, args.out_channels = shape.out_channels, args.stride = shape.stride;
-  args.act = shape.act, args.residual = residual, args.eps = block.eps;
-  args.expand = block.expand.data(), args.depthwise = block.depthwise.data(),
-  args.project = block.project.data();
-  args.se = {block.reduce_weight.data(), block.reduce_bias.data(), block.expand_weight.data(),
-             block.expand_bias.data()};
-  args.u = choice < 0 ? u.data() : nullptr;
-  args.device = {99 * 1024, 2};
+  const LayerArgs<T> args = layer_args(block, table, choice, residual, u);
   const LayerSizes size(args);
 
   std::vector<T> out(out_count), dx(in_count);
