@@ -64,6 +64,12 @@ __device__ inline unsigned pack_bf16(float low, float high) {
 }
 
 #ifdef TFNAS_EMULATE
+// Tensor cores cut off what a float does not hold; they do not round to nearest.
+inline float truncate_to_float(double v) {
+  const float nearest = static_cast<float>(v);
+  return std::fabs(nearest) > std::fabs(v) ? std::nextafter(nearest, 0.f) : nearest;
+}
+
 // The documented fragment layout, for any product of two words: A(row, word) lies in lane row % 8 * 4 + word
 // % 4.
 template <class Product>
@@ -73,11 +79,13 @@ inline void emulate_mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&
   auto word = [](int lane, int index) { return static_cast<const unsigned*>(emulator::slot(lane))[index]; };
   const int g = emulator::lane() / 4, t = emulator::lane() % 4;
   for (int i = 0; i < 4; i++) {
+    double sum = c[i];
     for (int k = 0; k < 8; k++) {
       const int row = g + 8 * (i / 2), col = 2 * t + i % 2;
-      c[i] +=
+      sum +=
           product(word(row % 8 * 4 + k % 4, (row >= 8) + 2 * (k >= 4)), word(col * 4 + k % 4, 4 + (k >= 4)));
     }
+    c[i] = truncate_to_float(sum);
   }
   emulator::release_slots(~0u);
 }
@@ -87,7 +95,7 @@ inline void emulate_mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&
 __device__ inline void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #ifdef TFNAS_EMULATE
   emulate_mma(c, a, b, [](unsigned x, unsigned y) {
-    return __uint_as_float(x & 0xffffe000u) * __uint_as_float(y & 0xffffe000u);
+    return double{__uint_as_float(x & 0xffffe000u)} * __uint_as_float(y & 0xffffe000u);
   });
 #elif __CUDA_ARCH__ >= 800
   asm volatile(
@@ -104,8 +112,8 @@ __device__ inline void mma_tf32(float (&c)[4], const unsigned (&a)[4], const uns
 __device__ inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #ifdef TFNAS_EMULATE
   emulate_mma(c, a, b, [](unsigned x, unsigned y) {
-    return __uint_as_float(x << 16) * __uint_as_float(y << 16) +
-           __uint_as_float(x & 0xffff0000u) * __uint_as_float(y & 0xffff0000u);
+    return double{__uint_as_float(x << 16)} * __uint_as_float(y << 16) +
+           double{__uint_as_float(x & 0xffff0000u)} * __uint_as_float(y & 0xffff0000u);
   });
 #elif __CUDA_ARCH__ >= 800
   asm volatile(
@@ -161,11 +169,15 @@ template <Math M>
 __device__ inline void multiply(float (&c)[4], const Fragment<M, 4>& a, const Fragment<M, 2>& b) {
   if constexpr (M == Math::kBf16) {
     mma_bf16(c, a.high, b.high);
+  } else if constexpr (M == Math::kTf32x3) {
+    // Small terms first, and added to `c` outside: the unit truncates, which in a long sum drifts one way.
+    float part[4] = {};
+    mma_tf32(part, a.low, b.high);
+    mma_tf32(part, a.high, b.low);
+    mma_tf32(part, a.high, b.high);
+#pragma unroll
+    for (int i = 0; i < 4; i++) c[i] += part[i];
   } else {
-    if constexpr (M == Math::kTf32x3) {  // small terms first
-      mma_tf32(c, a.low, b.high);
-      mma_tf32(c, a.high, b.low);
-    }
     mma_tf32(c, a.high, b.high);
   }
 }

@@ -1,5 +1,6 @@
-// The MBInvRes block with candidates in float64, stage by stage, on the very values that the kernels see:
-// what every kernel test compares with. Wide tensors are laid out as the kernels lay them out.
+// The textbook's MBInvRes block with candidates, stage by stage, on the very values that the kernels see: in
+// float64 what every kernel test compares with, in float32 the plain computation whose error theirs may
+// exceed twofold. Wide tensors are laid out as the kernels lay them out.
 #pragma once
 
 #include "emulator_check.h"
@@ -31,9 +32,28 @@ inline tfnas::cuda::LayerTable make_table(const std::vector<std::array<int, 3>>&
   return table;
 }
 
-template <class T>
+// The operands of the block's 1x1 convolutions: as they are, or rounded as a tf32 product takes them.
+struct Exact {
+  template <class C>
+  static C operand(C value) {
+    return value;
+  }
+};
+struct Tf32Operands {
+  static float operand(float value) {
+    return __uint_as_float((__float_as_uint(value) + 0x1000u) &
+                           0xffffe000u);  // to nearest, halves away from 0
+  }
+};
+
+// T: storage type of x, C: what is computed in and every intermediate result is kept in. As in PyTorch on a
+// CPU, the statistics of a batch norm and other means over pixels are added in double and rounded once;
+// products are added in C, in order.
+template <class T, class C = double, class Product = Exact>
 class ReferenceBlock {
  public:
+  using Stored = T;
+  using Computed = C;
   using A = tfnas::cuda::Acc<T>;
   ReferenceBlock(const Shape& shape, const tfnas::cuda::LayerTable& table, int choice, unsigned seed)
       : shape(shape), table(table), choice(choice), random(seed) {
@@ -67,32 +87,33 @@ class ReferenceBlock {
     h1.assign(shape.in_pixels() * active, 0);
     for_each_channel([&](int k, const tfnas::cuda::CandidateRows& rows, int c) {
       double mean = 0, square = 0;
-      std::vector<double> y1(shape.in_pixels());
+      std::vector<C> y1(shape.in_pixels());
       for (int64_t p = 0; p < shape.in_pixels(); p++) {
         for (int i = 0; i < shape.in_channels; i++) {
-          y1[p] += to_double(x[p * shape.in_channels + i]) *
-                   to_double(expand[int64_t{rows.first_row + c} * shape.in_channels + i]);
+          y1[p] += operand(x[p * shape.in_channels + i]) *
+                   operand(expand[int64_t{rows.first_row + c} * shape.in_channels + i]);
         }
         mean += y1[p] / shape.in_pixels();
       }
-      for (double v : y1) square += (v - mean) * (v - mean) / shape.in_pixels();
+      for (C v : y1) square += (v - mean) * (v - mean) / shape.in_pixels();
       const int v = active_at[k] + c;
-      rstd1[v] = 1 / std::sqrt(square + eps);
-      shift1[v] = -rstd1[v] * mean;
+      rstd1[v] = static_cast<C>(1 / std::sqrt(square + eps));
+      shift1[v] = -rstd1[v] * static_cast<C>(mean);
       for (int64_t p = 0; p < shape.in_pixels(); p++)
         h1[wide(k, c, p, shape.in_pixels())] = y1[p] * rstd1[v] + shift1[v];
       double sum = 0, squares = 0;
       for_each_output([&](int n, int oy, int ox, int64_t p) {
-        double value = 0;
+        C value = 0;
         for_each_tap(rows, n, oy, ox, [&](int tap, int64_t in) {
           value += activate(h1[wide(k, c, in, shape.in_pixels())]) * filter_of(rows, c, tap);
         });
         y2[wide(k, c, p, shape.out_pixels())] = value;
         sum += value;
-        squares += value * value;
+        squares += double{value} * value;
       });
-      mean2[v] = sum / shape.out_pixels();
-      rstd2[v] = 1 / std::sqrt(squares / shape.out_pixels() - mean2[v] * mean2[v] + eps);
+      sum /= shape.out_pixels();
+      mean2[v] = static_cast<C>(sum);
+      rstd2[v] = static_cast<C>(1 / std::sqrt(squares / shape.out_pixels() - sum * sum + eps));
     });
   }
 
@@ -103,29 +124,33 @@ class ReferenceBlock {
     squeezed.assign(shape.batch * squeezed_stride, 0);
     h2.assign(y2.size(), 0), z.assign(y2.size(), 0);
     for_each_channel([&](int k, const tfnas::cuda::CandidateRows&, int c) {
-      for (int64_t p = 0; p < pixels; p++) {
-        const int v = active_at[k] + c;
-        const int64_t at = wide(k, c, p, pixels);
-        h2[at] = (y2[at] - mean2[v]) * rstd2[v];
-        pooled[p / map * active + v] += activate(h2[at]) / map;
+      const int v = active_at[k] + c;
+      for (int n = 0; n < shape.batch; n++) {
+        double sum = 0;
+        for (int64_t p = n * map; p < (n + 1) * map; p++) {
+          const int64_t at = wide(k, c, p, pixels);
+          h2[at] = (y2[at] - mean2[v]) * rstd2[v];
+          sum += activate(h2[at]);
+        }
+        pooled[n * active + v] = static_cast<C>(sum / map);
       }
     });
     for (size_t k = 0; k < chosen.size(); k++) {
       const auto& rows = table.candidate[chosen[k]];
       const int se = rows.se_channels;
       for (int n = 0; n < shape.batch && se > 0; n++) {
-        double* t = &squeezed[n * squeezed_stride + rows.se_reduce_bias_at];
+        C* t = &squeezed[n * squeezed_stride + rows.se_reduce_bias_at];
         for (int j = 0; j < se; j++) {
-          t[j] = to_double(reduce_bias[rows.se_reduce_bias_at + j]);
+          t[j] = number(reduce_bias[rows.se_reduce_bias_at + j]);
           for (int c = 0; c < rows.width; c++) {
-            t[j] += to_double(reduce_weight[rows.se_weight_at + c * se + j]) *
-                    pooled[n * active + active_at[k] + c];
+            t[j] +=
+                number(reduce_weight[rows.se_weight_at + c * se + j]) * pooled[n * active + active_at[k] + c];
           }
         }
         for (int c = 0; c < rows.width; c++) {
-          double s = to_double(expand_bias[rows.se_expand_bias_at + c]);
+          C s = number(expand_bias[rows.se_expand_bias_at + c]);
           for (int j = 0; j < se; j++)
-            s += to_double(expand_weight[rows.se_weight_at + c * se + j]) * activate(t[j]);
+            s += number(expand_weight[rows.se_weight_at + c * se + j]) * activate(t[j]);
           gate[n * active + active_at[k] + c] = 1 / (1 + std::exp(-s));
         }
       }
@@ -139,7 +164,7 @@ class ReferenceBlock {
         z[at] = activate(h2[at]) * gate[p / map * active + active_at[k] + c];
         for (int o = 0; o < outs; o++) {
           y3[(k * pixels + p) * outs + o] +=
-              z[at] * to_double(project[int64_t{rows.first_row + c} * outs + o]);
+              operand(z[at]) * operand(project[int64_t{rows.first_row + c} * outs + o]);
         }
       }
     });
@@ -151,10 +176,11 @@ class ReferenceBlock {
           const double d = y3[(k * pixels + p) * outs + o] - mean;
           square += d * d / pixels;
         }
-        mean3[k * outs + o] = mean, rstd3[k * outs + o] = 1 / std::sqrt(square + eps);
+        mean3[k * outs + o] = static_cast<C>(mean);
+        rstd3[k * outs + o] = static_cast<C>(1 / std::sqrt(square + eps));
         for (int64_t p = 0; p < pixels; p++) {
           const int64_t at = (k * pixels + p) * outs + o;
-          h3[at] = (y3[at] - mean) * rstd3[k * outs + o];
+          h3[at] = (y3[at] - mean3[k * outs + o]) * rstd3[k * outs + o];
           out[p * outs + o] += u[k] * h3[at];
         }
       }
@@ -169,53 +195,57 @@ class ReferenceBlock {
     dreduce_weight.assign(reduce_weight.size(), 0), dexpand_weight = dreduce_weight;
     dreduce_bias.assign(squeezed_stride, 0), dexpand_bias.assign(expand_bias.size(), 0);
     dx.assign(in_pixels * ins, 0), du.assign(chosen.size(), 0);
+    means1.assign(2 * active, 0), means2.assign(2 * active, 0);
     dh2.assign(y2.size(), 0), dh1.assign(h1.size(), 0);
     for (size_t k = 0; k < chosen.size(); k++) {
       const auto& rows = table.candidate[chosen[k]];
-      std::vector<double> dy3(pixels * outs);
+      std::vector<C> dy3(pixels * outs);
+      double du_sum = 0;
       for (int o = 0; o < outs; o++) {
-        double mean = 0, product = 0;
+        double mean_sum = 0, product_sum = 0;
         for (int64_t p = 0; p < pixels; p++) {
-          const double d = to_double(dout[p * outs + o]), h = h3[(k * pixels + p) * outs + o];
-          mean += u[k] * d / pixels, product += u[k] * d * h / pixels;
-          du[k] += d * h + (residual ? d * to_double(x[p * ins + o]) : 0);
+          const C d = number(dout[p * outs + o]), h = h3[(k * pixels + p) * outs + o];
+          mean_sum += u[k] * d, product_sum += u[k] * d * h;
+          du_sum += d * h + (residual ? d * number(x[p * ins + o]) : C(0));
         }
+        const C mean = static_cast<C>(mean_sum / pixels), product = static_cast<C>(product_sum / pixels);
         for (int64_t p = 0; p < pixels; p++) {
-          dy3[p * outs + o] = rstd3[k * outs + o] * (u[k] * to_double(dout[p * outs + o]) - mean -
+          dy3[p * outs + o] = rstd3[k * outs + o] * (u[k] * number(dout[p * outs + o]) - mean -
                                                      h3[(k * pixels + p) * outs + o] * product);
-          if (residual) dx[p * ins + o] += u[k] * to_double(dout[p * outs + o]);
+          if (residual) dx[p * ins + o] += u[k] * number(dout[p * outs + o]);
         }
       }
+      du[k] = static_cast<C>(du_sum);
       const int se = rows.se_channels;
-      std::vector<double> dz(pixels * rows.width), dgate(shape.batch * rows.width), dpooled(dgate.size());
+      std::vector<C> dz(pixels * rows.width), dgate(shape.batch * rows.width), dpooled(dgate.size());
       for (int c = 0; c < rows.width; c++) {
         for (int64_t p = 0; p < pixels; p++) {
           const int64_t at = wide(k, c, p, pixels);
           for (int o = 0; o < outs; o++) {
             dz[p * rows.width + c] +=
-                dy3[p * outs + o] * to_double(project[int64_t{rows.first_row + c} * outs + o]);
-            dproject[(active_at[k] + c) * outs + o] += z[at] * dy3[p * outs + o];
+                operand(dy3[p * outs + o]) * operand(project[int64_t{rows.first_row + c} * outs + o]);
+            dproject[(active_at[k] + c) * outs + o] += operand(z[at]) * operand(dy3[p * outs + o]);
           }
           dgate[p / map * rows.width + c] += dz[p * rows.width + c] * activate(h2[at]);
         }
       }
       for (int n = 0; n < shape.batch && se > 0; n++) {
-        const double* t = &squeezed[n * squeezed_stride + rows.se_reduce_bias_at];
-        std::vector<double> dexcited(se);
+        const C* t = &squeezed[n * squeezed_stride + rows.se_reduce_bias_at];
+        std::vector<C> dexcited(se);
         for (int c = 0; c < rows.width; c++) {
-          const double s = gate[n * active + active_at[k] + c], dv = dgate[n * rows.width + c] * s * (1 - s);
+          const C s = gate[n * active + active_at[k] + c], dv = dgate[n * rows.width + c] * s * (1 - s);
           dexpand_bias[rows.se_expand_bias_at + c] += dv;
           for (int j = 0; j < se; j++) {
             dexpand_weight[rows.se_weight_at + c * se + j] += dv * activate(t[j]);
-            dexcited[j] += dv * to_double(expand_weight[rows.se_weight_at + c * se + j]);
+            dexcited[j] += dv * number(expand_weight[rows.se_weight_at + c * se + j]);
           }
         }
         for (int j = 0; j < se; j++) {
-          const double dt = dexcited[j] * slope(t[j]);
+          const C dt = dexcited[j] * slope(t[j]);
           dreduce_bias[rows.se_reduce_bias_at + j] += dt;
           for (int c = 0; c < rows.width; c++) {
             dreduce_weight[rows.se_weight_at + c * se + j] += dt * pooled[n * active + active_at[k] + c];
-            dpooled[n * rows.width + c] += dt * to_double(reduce_weight[rows.se_weight_at + c * se + j]);
+            dpooled[n * rows.width + c] += dt * number(reduce_weight[rows.se_weight_at + c * se + j]);
           }
         }
       }
@@ -225,14 +255,15 @@ class ReferenceBlock {
         for (int64_t p = 0; p < pixels; p++) {
           const int64_t at = wide(k, c, p, pixels);
           const int64_t n = p / map;
-          const double s = se ? gate[n * active + v] : 1;
+          const C s = se ? gate[n * active + v] : C(1);
           dh2[at] = (dz[p * rows.width + c] * s + dpooled[n * rows.width + c] / map) * slope(h2[at]);
-          mean += dh2[at] / pixels, product += dh2[at] * h2[at] / pixels;
+          mean += dh2[at], product += dh2[at] * h2[at];
         }
-        std::vector<double> da1(in_pixels);
+        means2[v] = static_cast<C>(mean / pixels), means2[active + v] = static_cast<C>(product / pixels);
+        std::vector<C> da1(in_pixels);
         for_each_output([&](int n, int oy, int ox, int64_t p) {
           const int64_t at = wide(k, c, p, pixels);
-          const double dy2 = rstd2[v] * (dh2[at] - mean - h2[at] * product);
+          const C dy2 = rstd2[v] * (dh2[at] - means2[v] - h2[at] * means2[active + v]);
           for_each_tap(rows, n, oy, ox, [&](int tap, int64_t in) {
             da1[in] += filter_of(rows, c, tap) * dy2;
             dfilter[v * 49 + tap] += activate(h1[wide(k, c, in, in_pixels)]) * dy2;
@@ -242,28 +273,38 @@ class ReferenceBlock {
         for (int64_t p = 0; p < in_pixels; p++) {
           const int64_t at = wide(k, c, p, in_pixels);
           dh1[at] = da1[p] * slope(h1[at]);
-          mean += dh1[at] / in_pixels, product += dh1[at] * h1[at] / in_pixels;
+          mean += dh1[at], product += dh1[at] * h1[at];
         }
+        means1[v] = static_cast<C>(mean / in_pixels),
+        means1[active + v] = static_cast<C>(product / in_pixels);
         for (int64_t p = 0; p < in_pixels; p++) {
           const int64_t at = wide(k, c, p, in_pixels);
-          const double dy1 = rstd1[v] * (dh1[at] - mean - h1[at] * product);
+          const C dy1 = operand(rstd1[v] * (dh1[at] - means1[v] - h1[at] * means1[active + v]));
           for (int i = 0; i < ins; i++) {
-            dx[p * ins + i] += dy1 * to_double(expand[int64_t{rows.first_row + c} * ins + i]);
-            dexpand[v * ins + i] += dy1 * to_double(x[p * ins + i]);
+            dx[p * ins + i] += dy1 * operand(expand[int64_t{rows.first_row + c} * ins + i]);
+            dexpand[v * ins + i] += dy1 * operand(x[p * ins + i]);
           }
         }
       }
     }
   }
 
-  double activate(double h) const { return tfnas::cuda::activate(shape.act, h); }
-  double slope(double h) const {
-    double value, s;
+  template <class V>
+  static C number(V value) {
+    return static_cast<C>(to_double(value));
+  }
+  template <class V>
+  static C operand(V value) {
+    return Product::operand(number(value));
+  }
+  C activate(C h) const { return tfnas::cuda::activate(shape.act, h); }
+  C slope(C h) const {
+    C value, s;
     tfnas::cuda::activate_with_slope(shape.act, h, value, s);
     return s;
   }
-  double filter_of(const tfnas::cuda::CandidateRows& rows, int c, int tap) const {
-    return to_double(depthwise[rows.depthwise_at + c * rows.kernel_size * rows.kernel_size + tap]);
+  C filter_of(const tfnas::cuda::CandidateRows& rows, int c, int tap) const {
+    return number(depthwise[rows.depthwise_at + c * rows.kernel_size * rows.kernel_size + tap]);
   }
   // Index of channel c of the k-th active candidate at pixel p.
   int64_t wide(int k, int c, int64_t p, int64_t pixels) const {
@@ -315,11 +356,11 @@ class ReferenceBlock {
   std::vector<int> chosen, active_at;
   std::vector<T> x;
   std::vector<A> expand, depthwise, project, reduce_weight, reduce_bias, expand_weight, expand_bias;
-  std::vector<double> u, rstd1, shift1, h1, y2, mean2, rstd2;
-  std::vector<double> dproject, dexpand, dfilter, dreduce_weight, dreduce_bias, dexpand_weight, dexpand_bias,
-      dx, du;
-  std::vector<double> dh2, dh1;
-  std::vector<double> pooled, squeezed, gate, h2, z, y3, mean3, rstd3, h3, out;
+  std::vector<C> u, rstd1, shift1, h1, y2, mean2, rstd2;
+  std::vector<C> dproject, dexpand, dfilter, dreduce_weight, dreduce_bias, dexpand_weight, dexpand_bias, dx,
+      du;
+  std::vector<C> dh2, dh1, means1, means2;  // means [2][active]: of the gradient, of its product with h
+  std::vector<C> pooled, squeezed, gate, h2, z, y3, mean3, rstd3, h3, out;
 };
 
 template <class To>
