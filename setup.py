@@ -31,7 +31,7 @@ if problem is None and torch_version is None:
     problem = "torch was not there when the package was built"
 
 info = {"native": problem is None, "reason": problem or "", "torch_version": torch_version or ""}
-info |= {"cuda_version": "", "cuda_archs": "", "cuda_reason": problem or "", "isas": []}
+info |= {"cuda_version": "", "cuda_archs": (), "cuda_reason": problem or "", "isas": ()}
 
 
 class BuildPy(build_py):
@@ -60,13 +60,13 @@ def native_extension():
     cuda = cuda_reason is None
     if cuda and not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _toolchain.DEFAULT_CUDA_ARCHS)
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "of the GPUs here") if cuda else ""
-    isas = list(SOURCES["isa_flags"]) if platform.machine() in ("x86_64", "AMD64") else ["generic"]
+    archs = _toolchain.architectures(cpp_extension._get_cuda_arch_flags()) if cuda else ()
+    isas = tuple(SOURCES["isa_flags"]) if platform.machine() in ("x86_64", "AMD64") else ("generic",)
     info.update(torch_version=torch.__version__, cuda_reason=cuda_reason or "", cuda_archs=archs, isas=isas)
     info["cuda_version"] = nvcc.version if cuda else ""
     print(
         f"tfnas_ext: building for torch {torch.__version__}; CUDA kernels "
-        + (f"ON: nvcc {nvcc.version} at {nvcc.home}, archs {archs}" if cuda else f"OFF: {cuda_reason}"),
+        + (f"ON: nvcc {nvcc.version} at {nvcc.home}, {' '.join(archs)}" if cuda else f"OFF: {cuda_reason}"),
         file=sys.stderr,
     )
 

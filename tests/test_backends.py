@@ -84,6 +84,49 @@ def test_module_built_for_another_torch_is_not_loaded() -> None:
     assert _native.REINSTALL in reason
 
 
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((8, 0), ("sm_80", "sm_90", "compute_90"), True),
+        ((8, 9), ("sm_80", "sm_90", "compute_90"), True),  # machine code of its generation
+        ((7, 5), ("sm_80", "sm_90", "compute_90"), False),  # older than all
+        ((12, 0), ("sm_80", "sm_90", "compute_90"), True),  # by PTX
+        ((10, 0), ("sm_90",), False),
+        ((8, 0), ("sm_86",), False),
+        ((9, 0), ("sm_90a",), True),
+        ((10, 3), ("compute_100a",), False),
+        ((10, 3), ("compute_100f",), True),
+        ((12, 0), ("compute_100f",), False),
+        ((9, 0), (), False),
+    ],
+)
+def test_which_gpus_a_binary_has_code_for(
+    capability: tuple[int, int], architectures: tuple[str, ...], runs: bool
+) -> None:
+    assert backends.runs_on(capability, architectures) == runs
+
+
+@needs_native
+def test_a_gpu_older_than_the_binary_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = _native.BuildInfo(native=True, cuda_version="13.0", cuda_archs=("sm_80", "sm_90", "compute_90"))
+    monkeypatch.setattr(_native, "INFO", info)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.delenv("TFNAS_BACKEND", raising=False)
+    row = tfnas_ext.backend_report()[0]
+    assert not row.available
+    assert "Tesla T4 has compute capability 7.5" in row.reason
+    assert f"TORCH_CUDA_ARCH_LIST=7.5 {_native.REINSTALL}" in row.reason
+    assert tfnas_ext.choose_backend("cuda") == "reference"
+    with pytest.raises(tfnas_ext.BackendUnavailableError, match="it has sm_80, sm_90, compute_90"):
+        tfnas_ext.choose_backend("cuda", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    row = tfnas_ext.backend_report()[0]
+    assert row.available
+    assert row.reason == "Tesla T4; built with CUDA 13.0 for sm_80, sm_90, compute_90"
+
+
 def test_missing_compiler_is_told_with_what_to_do() -> None:
     module, reason = _native._load(_native.BuildInfo(native=False, reason="no C++ compiler"), torch.__version__)
     assert module is None
@@ -96,8 +139,8 @@ def test_one_warning_without_native_module_and_none_when_reference_is_asked_for(
         import sys, types, warnings
         info = types.ModuleType("tfnas_ext._build_info")
         info.native, info.reason, info.torch_version = False, "it was never compiled", ""
-        info.cuda_version = info.cuda_archs = info.cuda_reason = ""
-        info.isas = []
+        info.cuda_version = info.cuda_reason = ""
+        info.cuda_archs = info.isas = []
         sys.modules["tfnas_ext._build_info"] = info
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -91,6 +91,13 @@ def test_kernels_include_no_torch_header() -> None:
             assert not line.startswith(("#include <torch", "#include <ATen", "#include <c10")), f"{file}: {line}"
 
 
+def test_architectures_of_nvcc_flags(toolchain: ModuleType) -> None:
+    flags = [f"-gencode=arch=compute_{code}" for code in ("90,code=compute_90", "120,code=sm_120", "80,code=sm_80")]
+    assert toolchain.architectures(flags) == ("sm_80", "sm_120", "compute_90")
+    assert toolchain.architectures(["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"]) == ("sm_90a", "compute_90a")
+    assert toolchain.architectures([]) == ()
+
+
 def test_missing_compiler_is_a_reason_not_a_crash(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     assert "no C++ compiler (/nonexistent/c++)" in toolchain.compiler_problem()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from latency_tables import synthetic_table
 from tfnas.cli import COMMANDS, main
 from tfnas.latency.lut_io import save_table
 from tfnas.space_io import load_space
+
+from tfnas_ext import _native
 
 
 def test_help_lists_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +35,50 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["cpu"]["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("architectures", [(), ("sm_80", "sm_90", "compute_90")])
+def test_info_lists_the_cuda_architectures_of_the_binary(
+    architectures: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = _native.BuildInfo(
+        native=True, torch_version="2.14.1", cuda_version="13.0" if architectures else "", cuda_archs=architectures
+    )
+    monkeypatch.setattr(_native, "INFO", built)
+    assert main(["info", "--json"]) == 0
+    module = json.loads(capsys.readouterr().out)["native_module"]
+    assert module["cuda_architectures"] == list(architectures)
+    assert module["cuda"] == (built.cuda_version or None)
+    assert main(["info"]) == 0
+    assert f"  cuda_architectures: {', '.join(architectures) or 'none'}\n" in capsys.readouterr().out
+
+
+def architectures_in(binary: bytes) -> set[str]:
+    """Machine code and PTX in the fat binaries that nvcc puts into an object: headers with a kind and a number each."""
+    magic, found = struct.pack("<I", 0xBA55ED50), set()
+    at = binary.find(magic)
+    while at >= 0:
+        _, version, header, size = struct.unpack_from("<IHHQ", binary, at)
+        entry, end = at + header, at + header + size
+        while (version, header) == (1, 16) and entry < end <= len(binary):
+            kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", binary, entry)
+            (number,) = struct.unpack_from("<I", binary, entry + 28)
+            found.add(f"{'compute' if kind == 1 else 'sm'}_{number}")
+            entry += entry_header + entry_size
+        at = binary.find(magic, at + 4)
+    return found
+
+
+@pytest.mark.skipif(_native.MODULE is None, reason="native module not built")
+def test_info_and_the_binary_agree_on_cuda_architectures(capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiled with CUDA kernels or without."""
+    assert _native.MODULE is not None
+    assert main(["info", "--json"]) == 0
+    module = json.loads(capsys.readouterr().out)["native_module"]
+    assert module["compiled"]
+    assert (module["cuda"] is not None) == bool(module["cuda_architectures"])
+    recorded = {name.rstrip("af") for name in module["cuda_architectures"]}
+    assert architectures_in(Path(str(_native.MODULE.__file__)).read_bytes()) == recorded
 
 
 def test_info_text_and_bad_option(capsys: pytest.CaptureFixture[str]) -> None:

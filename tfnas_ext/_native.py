@@ -19,14 +19,15 @@ class BuildInfo:
     """What was compiled into the package.
 
     `native` is False where no module was compiled, with `reason`; `cuda_version` (of nvcc) and `cuda_archs` are empty
-    where it has no CUDA kernels, with `cuda_reason`; `isas` are the instruction sets of the CPU kernels.
+    where it has no CUDA kernels, with `cuda_reason`. `cuda_archs` are machine code (`sm_90`) and PTX (`compute_90`, for
+    GPUs from there on); `isas` are the instruction sets of the CPU kernels.
     """
 
     native: bool
     reason: str = ""
     torch_version: str = ""
     cuda_version: str = ""
-    cuda_archs: str = ""
+    cuda_archs: tuple[str, ...] = ()
     cuda_reason: str = ""
     isas: tuple[str, ...] = ()
 
@@ -45,7 +46,7 @@ def read_build_info() -> BuildInfo:
         reason=written.reason,
         torch_version=written.torch_version,
         cuda_version=written.cuda_version,
-        cuda_archs=written.cuda_archs,
+        cuda_archs=tuple(written.cuda_archs),
         cuda_reason=written.cuda_reason,
         isas=tuple(written.isas),
     )

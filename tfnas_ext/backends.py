@@ -8,6 +8,7 @@ instruction set the processor has) and `reference` (plain PyTorch on any device)
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -52,15 +53,52 @@ def cpu_capability() -> str | None:
     return None if _native.MODULE is None else _native.MODULE.cpu_capability()
 
 
+def runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:
+    """Whether a binary with `architectures` has code for a GPU of compute `capability`.
+
+    Machine code (`sm_86`) runs on GPUs of its generation from its number on, PTX (`compute_86`) on every later one;
+    `sm_90a` on that very one.
+    """
+    for architecture in architectures:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+        if match is None:
+            continue
+        compiled = (int(match[2]), int(match[3]))
+        one_generation = match[1] == "sm" or match[4] == "f"
+        if match[4] == "a":
+            runs = compiled == capability
+        elif one_generation:
+            runs = compiled[0] == capability[0] and compiled[1] <= capability[1]
+        else:
+            runs = compiled <= capability
+        if runs:
+            return True
+    return False
+
+
+def missing_cuda_code(device: torch.device | str | None = None) -> str | None:
+    """Why the compiled CUDA kernels have no code for `device` (default: the current one), and the remedy; or None."""
+    capability, compiled = torch.cuda.get_device_capability(device), _native.INFO.cuda_archs
+    if runs_on(capability, compiled):
+        return None
+    version = ".".join(str(part) for part in capability)
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {version}, for which this module has no code "
+        f"(it has {', '.join(compiled)}); run, in the source folder: "
+        f"TORCH_CUDA_ARCH_LIST={version} {_native.REINSTALL}"
+    )
+
+
 def _cuda() -> Backend:
     if _native.MODULE is None:
         return Backend("cuda", False, f"no native module: {_native.REASON}")
     if not _native.INFO.cuda_version:
         return Backend("cuda", False, f"built without CUDA kernels: {_native.INFO.cuda_reason}")
+    built = f"built with CUDA {_native.INFO.cuda_version} for {', '.join(_native.INFO.cuda_archs)}"
     if not torch.cuda.is_available():
-        return Backend("cuda", False, "torch finds no CUDA device")
-    built = f"built with CUDA {_native.INFO.cuda_version} for {_native.INFO.cuda_archs}"
-    return Backend("cuda", True, f"{torch.cuda.get_device_name()}; {built}")
+        return Backend("cuda", False, f"torch finds no CUDA device; {built}")
+    problem = missing_cuda_code()
+    return Backend("cuda", problem is None, problem or f"{torch.cuda.get_device_name()}; {built}")
 
 
 def _cpu(capability: str) -> Backend:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tfnas_ext.backends import missing_cuda_code
 from tfnas_ext.engine_checks import check_choices_shape, check_inputs, check_widths
 from tfnas_ext.engine_spec import BodySpec
 from tfnas_ext.packed import PackedLayer
@@ -291,7 +292,7 @@ def refusal(spec: BodySpec, layers: Sequence[PackedLayer]) -> str | None:
         operator, "CUDA"
     ):
         return "this build has no CUDA kernels (`tfnas info` says why)"
-    return shape_refusal(spec)
+    return missing_cuda_code(device) or shape_refusal(spec)
 
 
 def shape_refusal(spec: BodySpec) -> str | None:

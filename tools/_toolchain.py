@@ -64,6 +64,12 @@ def find_nvcc() -> Nvcc | None:
     return None
 
 
+def architectures(flags: list[str]) -> tuple[str, ...]:
+    """What nvcc's `-gencode` flags put into a binary: machine code (`sm_90`) before PTX (`compute_90`)."""
+    found = {name for flag in flags for name in re.findall(r"(?:sm|compute)_\w+", flag.rpartition("code=")[2])}
+    return tuple(sorted(found, key=lambda name: (name.startswith("compute"), len(name), name)))
+
+
 def cuda_problem(torch_cuda: str | None, nvcc: Nvcc | None, sources: list[str]) -> str | None:
     """Why CUDA kernels are not built, or None. `TFNAS_CUDA=1` turns a reason into an error, `=0` is a reason."""
     wanted = os.environ.get("TFNAS_CUDA", "")

@@ -14,7 +14,8 @@ from tfnas.architecture import count_multiply_adds, count_parameters, load_archi
 from tfnas.cli.codes import OK
 from tfnas.latency.lut_io import load_table
 from tfnas.versions import software_versions
-from tfnas_ext import backend_report
+from tfnas_ext import backend_report, build_info
+from tfnas_ext.backends import native_module
 
 
 def run(arguments: list[str]) -> int:
@@ -54,11 +55,22 @@ def architecture_facts(path_or_name: str, lut: str | None = None) -> dict[str, A
 
 
 def environment_facts() -> dict[str, Any]:
-    """Versions, the machine's devices and threads, and every backend with why it can or cannot run."""
+    """Versions, the machine's devices and threads, what was compiled, and why each backend can or cannot run.
+
+    `cuda_architectures` of the native module are machine code (`sm_90`) and PTX (`compute_90`); empty without CUDA.
+    """
+    built = build_info()
     return {
         "versions": software_versions(),
         "platform": platform.platform(),
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "native_module": {
+            "compiled": native_module() is not None,
+            "torch": built.torch_version or None,
+            "instruction_sets": list(built.isas),
+            "cuda": built.cuda_version or None,
+            "cuda_architectures": list(built.cuda_archs),
+        },
         "cuda_devices": _cuda_devices(),
         "backends": {
             backend.name: {"runs": backend.available, "reason": backend.reason} for backend in backend_report()
@@ -90,6 +102,8 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             for index, item in enumerate(value):
                 lines += [f"{indent}{key} {index}:", *_lines(item, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            lines.append(f"{indent}{key}: {', '.join(value)}")
         else:
             lines.append(f"{indent}{key}: {value if value not in (None, []) else 'none'}")
     return lines
