@@ -16,6 +16,7 @@ from naive_supernet import tiny_space
 from tfnas.supernet import Supernet
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("gpu_step", "gpu_kernels", "data_loading")
 KERNELS = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "kernels").glob("*.cuh")))
 
 
@@ -43,6 +44,22 @@ def test_dry_run_lists_what_would_run() -> None:
     assert len(limits) == 9
     assert sum(limits) <= 600
     assert subprocess.run(["benchmarks/gpu_check.sh", "--nonsense"], cwd=ROOT, capture_output=True).returncode == 2
+
+
+def test_every_script_of_the_check_knows_its_options() -> None:
+    """Each starts without a GPU as far as its help, which names what the check gives it."""
+    done = subprocess.run(["benchmarks/gpu_check.sh", "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    commands = re.findall(r"(benchmarks/\w+\.py) (.*)", done.stdout)
+    assert [script for script, _ in commands] == [f"benchmarks/{name}.py" for name in SCRIPTS]
+    starts = [
+        subprocess.Popen([sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for script, _ in commands
+    ]
+    for start, (script, arguments) in zip(starts, commands, strict=True):
+        text, _ = start.communicate(timeout=120)
+        assert start.returncode == 0, script
+        for option in re.findall(r"--[\w-]+", arguments):
+            assert re.search(rf"{option}\b", text), f"{script} {option}"
 
 
 def test_the_sanitizers_selection_has_a_test() -> None:

@@ -20,12 +20,14 @@ from tfnas import architecture_adam, search_steps, steps
 from tfnas.figures import Figures
 from tfnas.latency import objective
 from tfnas.search_steps import SearchSteps
-from tfnas.step_graphs import DirectRunner, make_runner
+from tfnas.step_graphs import DirectRunner, GraphRunner, make_runner
 from tfnas.steps import architecture_step, weight_step
 from tfnas.supernet import Supernet
 from torch import Tensor
 
-from tfnas_ext import engine_cuda, sampling
+from tfnas_ext import engine as engine_module
+from tfnas_ext import engine_checks, engine_cuda, fixed_layer, losses, sampling
+from tfnas_ext.fixed_layer import FixedLayer
 from tfnas_ext.sampling import gumbel_softmax_weights, sample_paths
 
 __all__ = ["emulated"]  # the fixture
@@ -103,6 +105,10 @@ def test_step_path_reads_nothing_back() -> None:
         *(objective.latency_objective, *objective.OBJECTIVES.values()),
         *(sampling.sample_paths_at, sampling.gumbel_softmax_weights_at, sampling._gumbel_softmax),
         *(Supernet.forward_paths, Supernet.forward_mixture, Supernet._run, Supernet._logits, Supernet.depth_weights),
+        *(Supernet._prepare, Supernet._stem, FixedLayer.__call__, FixedLayer.pack, FixedLayer.unpack),
+        *(fixed_layer._Fixed, losses.cross_entropy, losses._CrossEntropy),
+        *(engine_module.run_paths, engine_module.run_mixture, engine_module._Paths, engine_module._Mixture),
+        *(engine_checks.check_inputs, engine_checks.check_choices_shape, GraphRunner.run, GraphRunner._capture),
     ]
     for function in path:
         source = inspect.getsource(function)
