@@ -77,16 +77,21 @@ def test_training_in_float64(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_training_in_float32(name: str) -> None:
-    """The 2x rule over all results of a step together (single tensors of noise scatter), and the worse eager layout."""
+    """The 2x rule over all results of a step together (single tensors of noise scatter), and the worse eager layout.
+
+    Images and batch are large enough for many values to fall on the other side of a kink of the activation in every
+    run: with few, one flip of one derivative outweighs all rounding, and which run has it is chance.
+    """
     model = build(name)
     fast = copy.deepcopy(model)
     tfnas_ext.accelerate(fast)
-    want = train(copy.deepcopy(model).double(), size=64, batch=4)
+    want = train(copy.deepcopy(model).double(), size=96, batch=8)
     layouts = (torch.contiguous_format, torch.channels_last)
     eager = [copy.deepcopy(model).to(memory_format=layout) for layout in layouts]
-    got, *plain = (errors(train(m, size=64, batch=4), want) for m in (fast, *eager))
+    got, *plain = (errors(train(m, size=96, batch=8), want) for m in (fast, *eager))
     for start in ("0", "1", "2", "weight", "evaluation"):
         error, *allowed = (sum(e**2 for k, e in r.items() if k.startswith(start)) ** 0.5 for r in (got, *plain))
+        print(start, error, allowed)
         assert error < 2 * max(allowed) + 1e-6, (start, error, allowed)
 
 

@@ -106,7 +106,8 @@ def test_rounding_is_at_most_twice_that_of_plain_torch(engine: str, dtype: torch
     got, plain = results(case, engine, dtype, seed), plain_results(case, dtype, seed)
     # weight gradients come in another order from modules: both are compared with their own exact values
     plain_exact = plain_results(case, torch.float64, seed)
-    floor = 1e-6 if dtype == torch.float32 else 1e-2
     for which, (a, b, want, plain_want) in enumerate(zip(got, plain, exact, plain_exact, strict=True)):
+        few = want.numel() < 100  # gradients of mixing weights: errors of a few sums scatter
+        floor = (1e-6 if few else 2e-7) if dtype == torch.float32 else 1e-2
         error, plain_error = (a - want).norm() / want.norm(), (b - plain_want).norm() / plain_want.norm()
         assert error <= 2 * plain_error + floor, f"result {which}: {error:.3g}, plain torch {plain_error:.3g}"

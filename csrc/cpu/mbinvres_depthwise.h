@@ -49,12 +49,15 @@ TFNAS_INLINE void depthwise_block(const T* const* in, const T* weights, int64_t 
           acc[(i - kx) / S] = fma(value, w[kx], acc[(i - kx) / S]);
     }
   }
+  V block_sum = splat(T(0)), block_squares = block_sum;  // sums of sums round less than one long one
   for (int j = 0; j < XB; ++j) {
     store(out + (x0 + j) * kLanes, acc[j]);
     const V centred = sub(acc[j], shift);
-    sum = add(sum, centred);
-    sum_squares = fma(centred, centred, sum_squares);
+    block_sum = add(block_sum, centred);
+    block_squares = fma(centred, centred, block_squares);
   }
+  sum = add(sum, block_sum);
+  sum_squares = add(sum_squares, block_squares);
 }
 
 // One output row; adds (y - shift) and its square to the two sums.

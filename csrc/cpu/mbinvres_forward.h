@@ -98,7 +98,7 @@ inline void forward_channels(const LayerPlan<E>& plan, const CandidatePlan<E>& c
                     expand + v * g.ci * kLanes);
     pack_depthwise(c, chunk.plane + v, depthwise + v * taps * kLanes, static_cast<T*>(nullptr));
   }
-  double sums[2][Blocking<T>::planes * kLanes] = {};
+  double sums[2][Blocking<T>::planes * kLanes];
   PlaneMoments<T> moments[Blocking<T>::planes];
   for (int64_t m0 = 0; m0 < g.m; m0 += kBlock) {
     const int64_t block = minimum(kBlock, g.m - m0);
@@ -107,32 +107,22 @@ inline void forward_channels(const LayerPlan<E>& plan, const CandidatePlan<E>& c
     for (int v = 0; v < chunk.planes; ++v) {
       const T* values = tile + v * kBlock * kLanes;
       E* y1 = c.y1 + ((chunk.plane + v) * g.m + m0) * kLanes;
-      if (m0 == 0) moments[v].shift = load(values);
-      auto sum = splat(T(0)), squares = sum;
-      const auto shift = moments[v].shift;
-      for (int64_t m = 0; m < block; ++m) {
-        const auto value = load(values + m * kLanes), centred = sub(value, shift);
-        store(y1 + m * kLanes, value);
-        sum = add(sum, centred);
-        squares = fma(centred, centred, squares);
-      }
-      moments[v].sum = sum, moments[v].squares = squares, moments[v].pending = block;
-      moments[v].flush(sums[0] + v * kLanes, sums[1] + v * kLanes);
+      for (int64_t m = 0; m < block; ++m) store(y1 + m * kLanes, load(values + m * kLanes));
+      if (m0 == 0) moments[v].centre(values, block);
+      moments[v].add_values(values, block);
     }
   }
+  take_moments(moments, chunk.planes, sums[0], sums[1]);
   finish_norm(sums[0], sums[1], g.m, c.width - channel, chunk.planes * kLanes,
               norm_at(c.weights->bn1, channel), eps, c.mean1 + channel, c.rstd1 + channel, c.gain1 + channel,
               c.bias1 + channel, offset(statistics.mean1, channel), offset(statistics.var1, channel));
 
-  std::memset(sums, 0, sizeof sums);
+  for (int v = 0; v < chunk.planes; ++v) moments[v] = PlaneMoments<T>();
   T* memory = scratch.zeros<T>(forward_memory<T>(g, c.kernel, g.height));
-  for (int64_t n = 0; n < g.batch; ++n) {
+  for (int64_t n = 0; n < g.batch; ++n)
     forward_image(plan, c, chunk, n, x, ChunkWeights<E>{nullptr, depthwise, nullptr}, g.height, memory,
-                  moments, n == 0);
-    for (int v = 0; v < chunk.planes; ++v)  // longer sums in T would be the largest error of small maps
-      if (moments[v].pending >= 64 || n + 1 == g.batch)
-        moments[v].flush(sums[0] + v * kLanes, sums[1] + v * kLanes);
-  }
+                  moments);
+  take_moments(moments, chunk.planes, sums[0], sums[1]);
   finish_norm(sums[0], sums[1], g.m2, c.width - channel, chunk.planes * kLanes,
               norm_at(c.weights->bn2, channel), eps, c.mean2 + channel, c.rstd2 + channel, c.gain2 + channel,
               c.bias2 + channel, offset(statistics.mean2, channel), offset(statistics.var2, channel));
@@ -155,7 +145,7 @@ inline void depthwise_channels(const LayerPlan<E>& plan, const CandidatePlan<E>&
   PlaneMoments<T> ignored[Blocking<T>::planes];
   for (int64_t n = 0; n < g.batch; ++n)
     forward_image<E>(plan, c, chunk, n, nullptr, ChunkWeights<E>{nullptr, depthwise, nullptr}, g.height,
-                     memory, ignored, false);
+                     memory, ignored);
 }
 
 // Strips: y2 of all images; images and chunks are shared out over the threads.
@@ -193,10 +183,9 @@ inline void forward_strips(const LayerPlan<E>& plan, const CandidatePlan<E>& c, 
       const Packed<E>* expand = c.expands ? columns + chunk.plane * g.ci * kLanes : nullptr;
       forward_image(plan, c, chunk, task / count, x,
                     ChunkWeights<E>{expand, depthwise + chunk.plane * taps * kLanes, nullptr}, strip_rows,
-                    memory, moments + chunk.plane, task < range.begin + count);
-      for (int64_t plane = chunk.plane; plane < chunk.plane + chunk.planes; ++plane)
-        moments[plane].flush(sums + plane * kLanes, sums + c.padded + plane * kLanes);
+                    memory, moments + chunk.plane);
     }
+    take_moments(moments, c.planes, sums, sums + c.padded);
   });
   if (training) {
     for (int t = 1; t < threads.count; ++t)
@@ -299,7 +288,7 @@ inline void forward_project(const LayerPlan<E>& plan, const CandidatePlan<E>& c,
         project_tile<E>(count, g.co, tile, kBlock * kLanes, minimum(chunk.planes * kLanes, c.width - channel),
                         rows + channel * g.co, g.co, y3, g.co, channel > 0);
       });
-      if (training) add_moments(y3, g.co, count, g.co, sums, sums + g.co);
+      if (training) add_moments(y3, g.co, count, g.co, m0 - range.begin, sums, sums + g.co);
     });
   });
   if (!training)

@@ -55,27 +55,70 @@ TFNAS_INLINE void for_runs(int64_t first, int64_t count, int64_t width, F&& f) {
   }
 }
 
-// Sums in T over a while, then in double: of y and y^2 per channel, made about `shift`.
+// Sums of y and y^2 per channel about `shift`, in T over runs of pixels, then in double. The shift is a rough
+// mean at first, then the mean so far: a far centre would cost digits of the variance, and so would long
+// runs.
 template <class T>
 struct PlaneMoments {
   using V = typename Simd<T>::V;
+  static constexpr int64_t kRun = 64;
   V sum = splat(T(0)), squares = splat(T(0)), shift = splat(T(0));
-  int64_t pending = 0;
+  double sums[kLanes] = {}, sums_of_squares[kLanes] = {};
+  int64_t pending = 0, count = 0;
 
-  void flush(double* sums, double* sums_of_squares) {
+  // A first shift: the mean of some of the values.
+  template <class E>
+  void centre(const E* values, int64_t pixels) {
+    V total = splat(T(0));
+    for (int64_t m = 0; m < pixels; ++m) total = add(total, load(values + m * kLanes));
+    shift = mul(total, splat(T(1) / static_cast<T>(pixels)));
+  }
+  void add_values(const T* values, int64_t pixels) {
+    for (int64_t m0 = 0; m0 < pixels; m0 += 8) {
+      V s = splat(T(0)), q = s;
+      for (int64_t m = m0; m < minimum(m0 + 8, pixels); ++m) {
+        const V centred = sub(load(values + m * kLanes), shift);
+        s = add(s, centred);
+        q = fma(centred, centred, q);
+      }
+      sum = add(sum, s);
+      squares = add(squares, q);
+    }
+    added(pixels);
+  }
+  // After `pixels` more went into the sums.
+  void added(int64_t pixels) {
+    pending += pixels;
+    if (pending >= kRun) flush();
+  }
+  void flush() {
+    if (pending == 0) return;
     T s[kLanes], q[kLanes], k[kLanes];
     store(s, sum);
     store(q, squares);
     store(k, shift);
+    count += pending;
+    const double all = static_cast<double>(pending), share = 1.0 / static_cast<double>(count);
     for (int64_t i = 0; i < kLanes; ++i) {
-      const double total = s[i], centre = k[i];
-      sums[i] += total + pending * centre;
-      sums_of_squares[i] += q[i] + 2 * centre * total + pending * centre * centre;
+      const double total = s[i], middle = k[i];
+      sums[i] += total + all * middle;
+      sums_of_squares[i] += q[i] + middle * (2 * total + all * middle);
+      k[i] = static_cast<T>(sums[i] * share);
     }
     sum = squares = splat(T(0));
+    shift = load(k);
     pending = 0;
   }
 };
+
+template <class T>
+inline void take_moments(PlaneMoments<T>* moments, int64_t planes, double* sums, double* sums_of_squares) {
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    moments[plane].flush();
+    std::memcpy(sums + plane * kLanes, moments[plane].sums, kLanes * sizeof(double));
+    std::memcpy(sums_of_squares + plane * kLanes, moments[plane].sums_of_squares, kLanes * sizeof(double));
+  }
+}
 
 template <class T>
 TFNAS_INLINE void add_lanes(typename Simd<T>::V values, double* out) {
@@ -169,7 +212,7 @@ inline int64_t forward_memory(const Geometry& g, int kernel, int64_t strip_rows)
 template <class E>
 inline void forward_image(const LayerPlan<E>& plan, const CandidatePlan<E>& c, Chunk chunk, int64_t n,
                           const E* x, const ChunkWeights<E>& weights, int64_t strip_rows, Compute<E>* memory,
-                          PlaneMoments<Compute<E>>* moments, bool first_image) {
+                          PlaneMoments<Compute<E>>* moments) {
   using T = Compute<E>;
   const Geometry& g = plan.g;
   const int64_t taps = c.kernel * c.kernel;
@@ -193,17 +236,17 @@ inline void forward_image(const LayerPlan<E>& plan, const CandidatePlan<E>& c, C
           }
           E* out = y2 + y * g.out_width * kLanes;
           auto sum = plane.sum, squares = plane.squares;
-          if (first_image && y == 0) {  // any value of the map is a good centre for its sums
-            auto ignored = splat(T(0)), ignored_too = ignored;
-            depthwise_block<T, K, S, 1>(in, weights.depthwise + v * taps * kLanes, 0, out, ignored,
-                                        ignored_too, splat(T(0)));
-            plane.shift = load(out);
-          }
           depthwise_row<T, K, S>(in, weights.depthwise + v * taps * kLanes, g.out_width, out, sum, squares,
                                  plane.shift);
+          if (plane.count == 0 && plane.pending == 0) {  // the very first row: again, about its own mean
+            plane.centre(out, g.out_width);
+            sum = squares = splat(T(0));
+            depthwise_row<T, K, S>(in, weights.depthwise + v * taps * kLanes, g.out_width, out, sum, squares,
+                                   plane.shift);
+          }
           plane.sum = sum, plane.squares = squares;
+          plane.added(g.out_width);
         }
-        plane.pending += (end - done) * g.out_width;
       }
     });
     done = end;

@@ -84,28 +84,41 @@ TFNAS_INLINE void paired_sums(const E* first, const T* second, const T* shift, i
   for (int i = 0; i < 8; ++i) b[i] += out[i];
 }
 
-// Per-channel sums of `values` and of their squares, made about the first pixel (so that a large mean costs
-// no digits).
+// Per-channel sums of `values` and of their squares. They are made about the mean of the `before` pixels
+// summed so far, or of these, so that neither a large mean nor an odd pixel costs digits.
 template <class E>
-TFNAS_INLINE void add_moments(const E* values, int64_t stride, int64_t pixels, int64_t channels, double* sum,
-                              double* sum_squares) {
+TFNAS_INLINE void add_moments(const E* values, int64_t stride, int64_t pixels, int64_t channels,
+                              int64_t before, double* sum, double* sum_squares) {
   using T = Compute<E>;
   using H = typename Simd<T>::H;
   for (int64_t c = 0; c < channels; c += 8) {
-    const H shift = load_half(values + c);
-    H s = splat_half(T(0)), q = s;
-    for (int64_t m = 0; m < pixels; ++m) {
-      const H centred = sub(load_half(values + m * stride + c), shift);
-      s = add(s, centred);
-      q = fma(centred, centred, q);
+    T shifts[8], ss[8], qq[8];
+    if (before > 0) {
+      for (int i = 0; i < 8; ++i) shifts[i] = static_cast<T>(sum[c + i] / before);
+    } else {
+      H total = splat_half(T(0));
+      for (int64_t m = 0; m < pixels; ++m) total = add(total, load_half(values + m * stride + c));
+      store(shifts, total);
+      for (int i = 0; i < 8; ++i) shifts[i] /= static_cast<T>(pixels);
     }
-    T ss[8], qq[8];
+    const H shift = load_half(shifts);
+    H s = splat_half(T(0)), q = s;
+    for (int64_t m0 = 0; m0 < pixels; m0 += 8) {
+      H block_sum = splat_half(T(0)), block_squares = block_sum;
+      for (int64_t m = m0; m < minimum(m0 + 8, pixels); ++m) {
+        const H centred = sub(load_half(values + m * stride + c), shift);
+        block_sum = add(block_sum, centred);
+        block_squares = fma(centred, centred, block_squares);
+      }
+      s = add(s, block_sum);
+      q = add(q, block_squares);
+    }
     store(ss, s);
     store(qq, q);
     for (int i = 0; i < 8; ++i) {
-      const double k = to_compute(values[c + i]), total = ss[i];
+      const double k = shifts[i], total = ss[i];
       sum[c + i] += total + pixels * k;
-      sum_squares[c + i] += qq[i] + 2 * k * total + pixels * k * k;
+      sum_squares[c + i] += qq[i] + k * (2 * total + pixels * k);
     }
   }
 }
@@ -151,7 +164,7 @@ inline void moments(const Geometry& g, const E* x, Compute<E>* mean, Compute<E>*
     double* mine = sums + thread * 2 * ci;
     const Range range = share(g.m, thread, threads.count);
     for (int64_t m = range.begin; m < range.end; m += kNarrowBlock)
-      add_moments(x + m * ci, ci, minimum(kNarrowBlock, range.end - m), ci, mine, mine + ci);
+      add_moments(x + m * ci, ci, minimum(kNarrowBlock, range.end - m), ci, m - range.begin, mine, mine + ci);
   });
   for (int64_t c = 0; c < ci; ++c) {
     double total = 0;
@@ -176,7 +189,9 @@ inline void moments(const Geometry& g, const E* x, Compute<E>* mean, Compute<E>*
         }
       }
       std::memset(block, 0, size * sizeof(T));
-      outer_tile<T>(n, ci, wide, kNarrowBlock * kLanes, static_cast<int>(planes), rows, ci, block, ci);
+      for (int64_t m = 0; m < n; m += 64)  // sums of sums round less than one long one
+        outer_tile<T>(minimum<int64_t>(64, n - m), ci, wide + m * kLanes, kNarrowBlock * kLanes,
+                      static_cast<int>(planes), rows + m * ci, ci, block, ci);
       for (int64_t i = 0; i < size; ++i) mine[i] += block[i];
     }
   });
