@@ -58,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
       .def("backward_paths", &SupernetEngine::backward_paths, unlocked)
       .def("forward_mixture", &SupernetEngine::forward_mixture, unlocked)
       .def("backward_mixture", &SupernetEngine::backward_mixture, unlocked)
+      .def("memory_bytes", &SupernetEngine::memory_bytes)
       .def("read_gradients", &SupernetEngine::read_gradients)
       .def("gradient_buffers", &SupernetEngine::gradient_buffers)
       .def(

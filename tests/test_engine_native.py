@@ -14,6 +14,7 @@ from tfnas_ext.engine import make_engine, run_mixture, run_paths
 from tfnas_ext.engine_native import native_refusal
 from tfnas_ext.engine_spec import BodySpec, CandidateSpec, LayerSpec
 from tfnas_ext.packed import PackedLayer
+from tfnas_ext.timing_host import pinned_threads
 
 pytestmark = pytest.mark.skipif(_native.MODULE is None, reason="the native module is not built")
 
@@ -205,6 +206,41 @@ def test_same_bits_at_a_fixed_number_of_threads_and_the_same_values_at_others() 
     for other in results[1:]:
         for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
             assert ((a - b).norm() / (b.norm() if i < 9 else scale)).item() < 1e-5, i
+
+
+def test_memory_of_a_mixture() -> None:
+    """Kept: y3 of every candidate, and the wide y2 of large maps (5 x 5 only) or y1 of small ones, in float32.
+
+    A layer's scratch lies where the tape of the layers behind it was: the backward needs hardly more than the forward
+    left, where scratch on top of all would need 1.4 times as much.
+    """
+    batch, size, channels, width = 8, 40, 24, 48
+    ops = (CandidateSpec("k3", 3, width), CandidateSpec("k5", 5, width))
+    layers = [LayerSpec(channels, channels, stride, "relu", stride == 1, ops) for stride in (1, 1, 1, 2, 1)]
+    spec = BodySpec((tuple(layers),), depth_space="skip-in")
+    packed = [PackedLayer(layer) for layer in layers]
+    kept, pixels = 0, batch * size**2
+    for layer in layers:
+        out_pixels = pixels // layer.stride**2
+        kept += 4 * out_pixels * channels  # the layer's output
+        kept += 2 * 4 * out_pixels * channels  # y3
+        large = pixels > 4000
+        wide = 2 if layer.stride == 2 or not large else 1  # at stride 2, 3 x 3 is not cheap to make again either
+        kept += wide * 4 * width * (out_pixels if large else pixels)
+        pixels = out_pixels
+    x = torch.randn(batch, channels, size, size)
+    u = torch.full((5, 2), 0.5)
+    peaks = []
+    for backward in (False, True):
+        engine = make_engine("native", spec, packed)
+        with pinned_threads(2):  # each has scratch
+            out, tape = engine.forward_mixture(x, u, None, True)
+            if backward:
+                engine.backward_mixture(tape, out, True)
+            del tape
+        peaks.append(engine._native.memory_bytes())  # type: ignore[attr-defined]
+    assert kept < peaks[0] < 1.1 * kept, (kept, peaks)
+    assert peaks[0] <= peaks[1] < 1.2 * kept, (kept, peaks)
 
 
 def test_refusals_say_why() -> None:

@@ -73,9 +73,11 @@ Design choose_design(int64_t pixels) {
 
 namespace {
 
+thread_local MemoryStack* borrowed = nullptr;
+
 MemoryStack& scratch() {
-  static thread_local MemoryStack stack;
-  return stack;
+  static thread_local MemoryStack own;
+  return borrowed ? *borrowed : own;
 }
 
 }  // namespace
@@ -83,5 +85,8 @@ MemoryStack& scratch() {
 void* scratch_take(int64_t bytes) { return scratch().take(bytes); }
 int64_t scratch_mark() { return scratch().mark(); }
 void scratch_release(int64_t mark) { scratch().release(mark); }
+
+ScratchFrom::ScratchFrom(MemoryStack& stack) : before_(borrowed) { borrowed = &stack; }
+ScratchFrom::~ScratchFrom() { borrowed = before_; }
 
 }  // namespace tfnas

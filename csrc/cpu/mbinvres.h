@@ -19,6 +19,8 @@
 
 namespace tfnas {
 
+class MemoryStack;
+
 // A number that is stored only: the upper half of a float.
 struct BFloat16 {
   uint16_t bits;
@@ -167,5 +169,17 @@ Design choose_design(int64_t pixels);
 void* scratch_take(int64_t bytes);
 int64_t scratch_mark();
 void scratch_release(int64_t mark);
+
+// While it lives, the calling thread takes its scratch from `stack`, above what is there.
+class ScratchFrom {
+ public:
+  explicit ScratchFrom(MemoryStack& stack);
+  ~ScratchFrom();
+  ScratchFrom(const ScratchFrom&) = delete;
+  ScratchFrom& operator=(const ScratchFrom&) = delete;
+
+ private:
+  MemoryStack* before_;
+};
 
 }  // namespace tfnas

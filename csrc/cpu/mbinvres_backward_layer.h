@@ -38,6 +38,10 @@ inline void backward_project(const BackwardState<E>& state, const CandidatePlan<
   const Threads& threads = state.threads;
   const bool channels = plan.design == Design::channels, wanted = gradient && gradient->project.data;
   Scratch scratch;
+  if (c.y2_again && !channels) {
+    Scratch again;
+    depthwise_strips(plan, c, b.x, again.zeros<double>(threads.count * 2 * c.padded), threads);
+  }
   Packed<E>* packed = scratch.take<Packed<E>>(c.planes * g.co * kLanes);
   pack_all_columns(c.weights->project, c, g.out_channels, g.co, packed, threads);
   if (wanted)
@@ -74,7 +78,7 @@ inline void backward_project(const BackwardState<E>& state, const CandidatePlan<
     }
     const Range range = share(c.planes, thread, threads.count);
     for_chunks<T>(range.begin, range.end, [&](Chunk chunk) {
-      if (plan.y2_again) depthwise_channels(plan, c, chunk);
+      if (c.y2_again) depthwise_channels(plan, c, chunk);
       for_blocks(g, c.gate != nullptr, 0, g.m2,
                  [&](int64_t m0, int64_t count, int64_t n) { block(chunk, m0, count, n); });
       const int64_t begin = chunk.plane * kLanes, end = begin + chunk.planes * kLanes;

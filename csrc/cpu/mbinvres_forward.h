@@ -148,11 +148,11 @@ inline void depthwise_channels(const LayerPlan<E>& plan, const CandidatePlan<E>&
                      memory, ignored);
 }
 
-// Strips: y2 of all images; images and chunks are shared out over the threads.
+// Strips, from BN1's statistics on: y2 of all images; images and chunks are shared out over the threads.
+// `sums_by_thread` [threads][2][padded], zero before, become the sums of y2 and of its square.
 template <class E>
-inline void forward_strips(const LayerPlan<E>& plan, const CandidatePlan<E>& c, const E* x, bool training,
-                           double eps, const BatchStatistics<Compute<E>>& statistics,
-                           const Threads& threads) {
+inline void depthwise_strips(const LayerPlan<E>& plan, const CandidatePlan<E>& c, const E* x,
+                             double* sums_by_thread, const Threads& threads) {
   using T = Compute<E>;
   const Geometry& g = plan.g;
   Scratch scratch;
@@ -161,19 +161,15 @@ inline void forward_strips(const LayerPlan<E>& plan, const CandidatePlan<E>& c, 
   for (int64_t plane = 0; plane < c.planes; ++plane)
     pack_depthwise(c, plane, depthwise + plane * taps * kLanes, static_cast<T*>(nullptr));
   Packed<E>* columns = c.expands ? scratch.take<Packed<E>>(c.planes * g.ci * kLanes) : nullptr;
-  if (c.expands) {
-    pack_all_columns(c.weights->expand, c, g.in_channels, g.ci, columns, threads);
-    close_expand_norm(plan, c, training, eps, statistics, threads);
-  }
+  if (c.expands) pack_all_columns(c.weights->expand, c, g.in_channels, g.ci, columns, threads);
   Chunk* chunks = scratch.take<Chunk>(c.planes);
   int64_t count = 0;
   for_chunks<T>(0, c.planes, [&](Chunk chunk) { chunks[count++] = chunk; });
 
   const int64_t strip_rows = rows_per_strip<T>(g, c.kernel, 1);
-  double* parts = scratch.zeros<double>(threads.count * 2 * c.padded);
   parallel(threads, [&](int thread) {
     Scratch local;
-    double* sums = parts + thread * 2 * c.padded;
+    double* sums = sums_by_thread + thread * 2 * c.padded;
     T* memory = local.zeros<T>(forward_memory<T>(g, c.kernel, strip_rows));
     PlaneMoments<T>* moments = local.take<PlaneMoments<T>>(c.planes);
     for (int64_t i = 0; i < c.planes; ++i) moments[i] = PlaneMoments<T>();
@@ -187,6 +183,18 @@ inline void forward_strips(const LayerPlan<E>& plan, const CandidatePlan<E>& c, 
     }
     take_moments(moments, c.planes, sums, sums + c.padded);
   });
+}
+
+// Strips: both batch norms, y2 of all images, its means for SE.
+template <class E>
+inline void forward_strips(const LayerPlan<E>& plan, const CandidatePlan<E>& c, const E* x, bool training,
+                           double eps, const BatchStatistics<Compute<E>>& statistics,
+                           const Threads& threads) {
+  const Geometry& g = plan.g;
+  Scratch scratch;
+  if (c.expands) close_expand_norm(plan, c, training, eps, statistics, threads);
+  double* parts = scratch.zeros<double>(threads.count * 2 * c.padded);
+  depthwise_strips(plan, c, x, parts, threads);
   if (training) {
     for (int t = 1; t < threads.count; ++t)
       for (int64_t i = 0; i < 2 * c.padded; ++i) parts[i] += parts[t * 2 * c.padded + i];

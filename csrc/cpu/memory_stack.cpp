@@ -83,6 +83,10 @@ void MemoryStack::release(int64_t mark) {
   }
 }
 
+void MemoryStack::reserve(int64_t bytes) {
+  if (blocks_.empty()) wanted_ = std::max(wanted_, bytes);
+}
+
 void MemoryStack::add_block(int64_t bytes) {
   constexpr int64_t page = int64_t{1} << 21;  // huge pages
   bytes = (std::max(bytes, std::exchange(wanted_, 0)) + page - 1) / page * page;

@@ -20,6 +20,11 @@ class MemoryStack {
   // time.
   int64_t mark() const { return top_; }
   void release(int64_t mark);
+  // Where nothing was ever taken: the first block has room for `bytes`, so that no block ends in a gap
+  // before.
+  void reserve(int64_t bytes);
+  // The most that was ever taken at once, gaps between blocks included.
+  int64_t peak() const { return peak_; }
 
  private:
   struct Block {

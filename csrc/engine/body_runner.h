@@ -28,6 +28,25 @@ class BodyRunner {
   BodyRunner(const BodySpec& spec, const std::vector<at::Tensor>& weights)
       : spec_(spec), weights_(weights), threads_(torch_threads()) {}
 
+  // About what `forward` leaves in a tape.
+  template <class F>
+  int64_t kept_bytes(int64_t batch, int64_t height, int64_t width, F&& choose) const {
+    int64_t total = 0;
+    for (size_t l = 0; l < spec_.layers.size(); ++l) {
+      const LayerSpec& spec = spec_.layers[l];
+      LayerTape entry;
+      begin(entry, choose(l), height, width);
+      height = (height + spec.stride - 1) / spec.stride, width = (width + spec.stride - 1) / spec.stride;
+      const int64_t outputs = 2 + spec.gated;  // the layer's, at most one sink's, one behind a gate
+      total += outputs * (batch * height * width * spec.out_channels * sizeof(E) + 64);
+      if (entry.candidates.empty()) continue;
+      std::vector<Candidate<T>> candidates;
+      std::vector<T> mix;
+      total += layer_kernels_of<E>().saved_bytes(layer_of(l, batch, entry, candidates, mix)) + 64;
+    }
+    return total;
+  }
+
   // `choose(l)` gives layer l's choice. Writes the last stage's output to `out`; fills `tape` from `memory`.
   // Without `keep` only activations stay, what the kernels save is dropped after each layer.
   template <class F>
@@ -42,12 +61,8 @@ class BodyRunner {
       for (; index < first + spec_.depths[s]; ++index) {
         const LayerSpec& layer = spec_.layers[index];
         LayerTape& entry = tape.layers[index];
-        LayerChoice choice = choose(index);
+        begin(entry, choose(index), height, width);
         entry.input = current;
-        entry.height = height, entry.width = width;
-        entry.candidates = std::move(choice.candidates);
-        entry.mix = std::move(choice.mix);
-        entry.direct = choice.direct;
         height = (height + layer.stride - 1) / layer.stride,
         width = (width + layer.stride - 1) / layer.stride;
         size = batch * height * width * layer.out_channels;
@@ -60,6 +75,7 @@ class BodyRunner {
           combine(inputs, gate, 2, size, static_cast<E*>(entry.output));
         }
         current = static_cast<const E*>(entry.output);
+        entry.end = memory.mark();
       }
       if (spec_.sinks && (spec_.depths[s] > 1 || v[s][0] != 1)) {
         std::vector<const E*> inputs;
@@ -76,19 +92,20 @@ class BodyRunner {
     }
   }
 
-  // Backward of one pass. `dx` (or null) is overwritten or, with `add_dx`, added to. `gradient(l)` gives
-  // where layer l's weight gradients go (null in the mixture); `du` and `dv` (or null) get the gradients of
-  // the mixing weights.
+  // Backward of one pass, the last one in the tape's `memory`: what a layer's backward has read becomes
+  // scratch of the layers before it. `dx` (or null) is overwritten or, with `add_dx`, added to. `gradient(l)`
+  // gives where layer l's weight gradients go (null in the mixture); `du` and `dv` (or null) get the
+  // gradients of the mixing weights.
   template <class G>
-  void backward(int64_t batch, const BodyTape& tape, const Rows& v, const E* dout, E* dx, bool add_dx,
-                G&& gradient, Rows* du, Rows* dv) const {
-    MemoryStack& memory = scratch_stack_;
-    const int64_t mark = memory.mark();
+  void backward(int64_t batch, const BodyTape& tape, MemoryStack& memory, const Rows& v, const E* dout, E* dx,
+                bool add_dx, G&& gradient, Rows* du, Rows* dv) const {
+    MemoryStack& gradients = gradient_stack_;
+    const int64_t mark = gradients.mark();
     int64_t largest = batch * tape.layers[0].height * tape.layers[0].width * spec_.layers[0].in_channels;
     for (size_t l = 0; l < spec_.layers.size(); ++l) largest = std::max(largest, out_size(batch, tape, l));
     // of the stage's output, the layer's output, its operations' sum, its input
-    E *stage = take(memory, largest), *current = take(memory, largest), *spare = take(memory, largest),
-      *operation = take(memory, largest);
+    E *stage = take(gradients, largest), *current = take(gradients, largest),
+      *spare = take(gradients, largest), *operation = take(gradients, largest);
     int64_t index = static_cast<int64_t>(spec_.layers.size());
     std::memcpy(stage, dout, out_size(batch, tape, index - 1) * sizeof(E));
     for (int64_t s = static_cast<int64_t>(spec_.depths.size()) - 1; s >= 0; --s) {
@@ -120,7 +137,8 @@ class BodyRunner {
           combine(&current, &share, 1, size, operation);
           dop = operation;
         }
-        backward_layer(index, batch, entry, dop, size, din, gradient(index), du);
+        memory.release(entry.end);
+        backward_layer(index, batch, entry, dop, size, din, gradient(index), memory, du);
         if (layer.gated && wanted) {
           const E* inputs[2] = {current, din};
           const T shares[2] = {static_cast<T>(v[index][0]), T(1)};
@@ -137,7 +155,7 @@ class BodyRunner {
         }
       }
     }
-    memory.release(mark);
+    gradients.release(mark);
   }
 
  private:
@@ -155,6 +173,13 @@ class BodyRunner {
   }
   double inner(const E* a, const E* b, int64_t size) const {
     return vector_kernels_of<E>().inner_product(a, b, size, threads_);
+  }
+
+  static void begin(LayerTape& entry, LayerChoice choice, int64_t height, int64_t width) {
+    entry.height = height, entry.width = width;
+    entry.candidates = std::move(choice.candidates);
+    entry.mix = std::move(choice.mix);
+    entry.direct = choice.direct;
   }
 
   Candidate<T> candidate_of(int64_t index, int64_t which) const {
@@ -221,13 +246,14 @@ class BodyRunner {
     entry.mixed = take(memory, size);
     const int64_t mark = memory.mark();
     entry.saved = memory.take(layer_kernels_of<E>().saved_bytes(layer));
+    const ScratchFrom scratch(memory);
     layer_kernels_of<E>().forward(layer, static_cast<const E*>(entry.input), static_cast<E*>(entry.mixed),
                                   entry.saved, BatchStatistics<T>{}, threads_);
     if (!keep) memory.release(mark);
   }
 
   void backward_layer(int64_t index, int64_t batch, const LayerTape& entry, const E* dout, int64_t size,
-                      E* dx, const CandidateGradient<T>* gradient, Rows* du) const {
+                      E* dx, const CandidateGradient<T>* gradient, MemoryStack& memory, Rows* du) const {
     const LayerSpec& spec = spec_.layers[index];
     if (du) {
       double along_input = 0;
@@ -246,6 +272,7 @@ class BodyRunner {
     std::vector<T> mix;
     const Layer<T> layer = layer_of(index, batch, entry, candidates, mix);
     std::vector<T> along(candidates.size());
+    const ScratchFrom scratch(memory);
     layer_kernels_of<E>().backward(layer, static_cast<const E*>(entry.input), entry.saved, dout, dx,
                                    du ? along.data() : nullptr, gradient, threads_);
     if (!du) return;
@@ -255,7 +282,7 @@ class BodyRunner {
   const BodySpec& spec_;
   const std::vector<at::Tensor>& weights_;
   const Threads threads_;
-  static inline thread_local MemoryStack scratch_stack_;
+  static inline thread_local MemoryStack gradient_stack_;
 };
 
 }  // namespace tfnas

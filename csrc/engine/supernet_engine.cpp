@@ -90,22 +90,27 @@ std::pair<std::vector<at::Tensor>, std::shared_ptr<Tape>> SupernetEngine::forwar
   impl.choices = choices, impl.v = v;
   impl.bodies.resize(choices.size());
   std::vector<at::Tensor> outs;
-  for (size_t p = 0; p < choices.size(); ++p) {
-    outs.push_back(output_like(impl.x));
-    with_element(impl.x, [&](auto element) {
-      using E = decltype(element);
-      const auto choose = [&](int64_t l) {
-        const int64_t which = choices[p][l];
+  const int64_t batch = impl.x.size(0), height = impl.x.size(2), width = impl.x.size(3);
+  with_element(impl.x, [&](auto element) {
+    using E = decltype(element);
+    const BodyRunner<E> runner(spec_, weights);
+    const auto chooser = [&](size_t p) {
+      return [this, &path = choices[p]](int64_t l) {
         const LayerSpec& layer = spec_.layers[l];
-        if (layer.candidates[which].skips()) return LayerChoice{{}, {}, 1};
-        return LayerChoice{{which}, {}, layer.residual ? 1.0 : 0.0};
+        if (layer.candidates[path[l]].skips()) return LayerChoice{{}, {}, 1};
+        return LayerChoice{{path[l]}, {}, layer.residual ? 1.0 : 0.0};
       };
-      BodyRunner<E>(spec_, weights)
-          .forward(elements_of<E>(impl.x), impl.x.size(0), impl.x.size(2), impl.x.size(3), choose, v,
-                   with_tape, *impl.memory, impl.bodies[p], mutable_elements_of<E>(outs.back()));
-    });
-    if (!with_tape) impl.memory->release(0);
-  }
+    };
+    int64_t bytes = 0;
+    for (size_t p = 0; p < choices.size(); ++p) bytes += runner.kept_bytes(batch, height, width, chooser(p));
+    if (with_tape) impl.memory->reserve(bytes);
+    for (size_t p = 0; p < choices.size(); ++p) {
+      outs.push_back(output_like(impl.x));
+      runner.forward(elements_of<E>(impl.x), batch, height, width, chooser(p), v, with_tape, *impl.memory,
+                     impl.bodies[p], mutable_elements_of<E>(outs.back()));
+      if (!with_tape) impl.memory->release(0);
+    }
+  });
   return {outs, with_tape ? tape : nullptr};
 }
 
@@ -116,7 +121,7 @@ std::optional<at::Tensor> SupernetEngine::backward_paths(const Weights& weights,
   plan_gradients(impl.choices, weights.front().options());
   std::optional<at::Tensor> dx;
   if (need_dx) dx = at::empty_like(impl.x);
-  for (size_t p = 0; p < impl.bodies.size(); ++p) {
+  for (size_t p = impl.bodies.size(); p-- > 0;) {  // the last one lies on top of the tape's memory
     const at::Tensor dout = channels_last(douts[p]);
     with_element(impl.x, [&](auto element) {
       using E = decltype(element);
@@ -158,7 +163,8 @@ std::optional<at::Tensor> SupernetEngine::backward_paths(const Weights& weights,
       }
       BodyRunner<E>(spec_, weights)
           .backward(
-              impl.x.size(0), impl.bodies[p], impl.v, elements_of<E>(dout), mutable_elements_of<E>(dx), p > 0,
+              impl.x.size(0), impl.bodies[p], *impl.memory, impl.v, elements_of<E>(dout),
+              mutable_elements_of<E>(dx), p + 1 < impl.bodies.size(),
               [&](int64_t l) { return wanted[l] ? &gradients[l] : nullptr; }, nullptr, nullptr);
     });
   }
@@ -191,9 +197,11 @@ std::pair<at::Tensor, std::shared_ptr<Tape>> SupernetEngine::forward_mixture(con
       }
       return choice;
     };
-    BodyRunner<E>(spec_, weights)
-        .forward(elements_of<E>(impl.x), impl.x.size(0), impl.x.size(2), impl.x.size(3), choose, v, with_tape,
-                 *impl.memory, impl.bodies[0], mutable_elements_of<E>(out));
+    const BodyRunner<E> runner(spec_, weights);
+    const int64_t batch = impl.x.size(0), height = impl.x.size(2), width = impl.x.size(3);
+    if (with_tape) impl.memory->reserve(runner.kept_bytes(batch, height, width, choose));
+    runner.forward(elements_of<E>(impl.x), batch, height, width, choose, v, with_tape, *impl.memory,
+                   impl.bodies[0], mutable_elements_of<E>(out));
   });
   return {out, with_tape ? tape : nullptr};
 }
@@ -213,11 +221,14 @@ SupernetEngine::backward_mixture(const Weights& weights, Tape& tape, const at::T
     using E = decltype(element);
     BodyRunner<E>(spec_, weights)
         .backward(
-            impl.x.size(0), impl.bodies[0], impl.v, elements_of<E>(dout), mutable_elements_of<E>(dx), false,
+            impl.x.size(0), impl.bodies[0], *impl.memory, impl.v, elements_of<E>(dout),
+            mutable_elements_of<E>(dx), false,
             [](int64_t) { return static_cast<const CandidateGradient<Compute<E>>*>(nullptr); }, &du, &dv);
   });
   return {dx, du, dv};
 }
+
+int64_t SupernetEngine::memory_bytes() const { return pool_->bytes(); }
 
 at::Tensor SupernetEngine::output_like(const at::Tensor& x) const {
   int64_t height = x.size(2), width = x.size(3);

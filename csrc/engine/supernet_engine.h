@@ -101,6 +101,9 @@ class SupernetEngine {
                                                                          const at::Tensor& dout,
                                                                          bool need_dx);
 
+  // Of tapes that wait to be used again: the most that they held at once, scratch included.
+  int64_t memory_bytes() const;
+
   // (layer, candidate, role, flat gradient) of all pending gradients, copied.
   std::vector<std::tuple<int64_t, int64_t, int64_t, at::Tensor>> read_gradients() const;
   // One range per path with all pending gradients in it, not copied; what lies between them may be anything.

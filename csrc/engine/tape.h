@@ -22,6 +22,12 @@ struct TapePool {
     const std::lock_guard<std::mutex> lock(mutex);
     free.push_back(std::move(stack));
   }
+  int64_t bytes() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    int64_t total = 0;
+    for (const std::unique_ptr<MemoryStack>& stack : free) total += stack->peak();
+    return total;
+  }
 };
 
 // One layer of one pass; pointers are to the activations' type.
@@ -34,6 +40,7 @@ struct LayerTape {
   std::vector<double> mix;          // their weights; empty for a path
   double direct = 0;                // weight of the input itself: identity and residuals
   int64_t height = 0, width = 0;
+  int64_t end = 0;  // mark of the tape's memory behind what its backward reads
 };
 
 struct BodyTape {
