@@ -33,6 +33,8 @@ from tfnas.weights import network_with, read_weights
 from torch import Tensor
 from train_cases import train_config, train_values
 
+from tfnas_ext._native import MODULE
+
 TIMES = ("images_per_s", "time_left_s", "seconds", "output", "weights_file", "architecture")
 
 
@@ -80,7 +82,7 @@ def test_one_step_is_sgd_on_the_mean_loss(tmp_path: Path) -> None:
         patch.setattr(TrainLoop, "_optimize", spying)
         train(config, [])
     arch, _ = load_architecture(config.architecture)
-    net = make_network(config, arch, torch.device("cpu")).double().train()
+    net = make_network(dataclasses.replace(config, engine="eager"), arch, torch.device("cpu")).double().train()
     average = copy.deepcopy(net)
     momenta = [torch.zeros_like(p) for p in net.parameters()]
     for step, batches in enumerate(seen):
@@ -322,3 +324,24 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
         network_with(arch, best)
     with pytest.raises(FileNotFoundError, match="no such file"):
         network_with(arch, tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.skipif(MODULE is None, reason="the native module is not built")
+def test_engines_train_alike(tmp_path: Path) -> None:
+    """`fused` and `eager` take the same steps up to rounding; `auto` is `fused` on a CPU with kernels."""
+    weights = {}
+    for engine in ("eager", "fused", "auto"):
+        folder = tmp_path / engine
+        config = train_config(tmp_path, engine=engine, epochs=1, steps_per_epoch=2, output=str(folder))
+        train(config, [])
+        weights[engine] = read_weights(folder / "last.safetensors")[0]
+    assert_equal_bits(weights["fused"], weights["auto"])
+    assert any(not torch.equal(weights["fused"][name], weights["eager"][name]) for name in weights["fused"])
+    for name, value in weights["eager"].items():
+        torch.testing.assert_close(weights["fused"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_fused_is_refused_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TFNAS_BACKEND", "reference")
+    with pytest.raises(ConfigError, match="engine: fused cannot run every block on cpu; take auto or eager"):
+        train(train_config(tmp_path, engine="fused"), [])

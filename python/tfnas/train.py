@@ -31,6 +31,7 @@ from tfnas.train_loop import BEST_FILE, TrainLoop
 from tfnas.train_progress import TRAINING
 from tfnas.versions import software_versions
 from tfnas.weights import network_with
+from tfnas_ext import accelerate
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,20 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] | None = None) -> T
 
 
 def make_network(config: TrainConfig, arch: Architecture, device: torch.device) -> Network:
-    """The network with weights drawn by the seed; torch's global generator stays as it was."""
+    """The network on its engine, weights drawn by the seed; torch's global generator stays as it was.
+
+    Raises `ConfigError` where `fused` is asked for and there are no kernels.
+    """
     rates = config.regularization
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build_network(arch, dropout=rates.dropout, drop_connect=rates.drop_connect)
-    return network.to(device).to(memory_format=torch.channels_last)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    if config.engine != "eager":
+        report = accelerate(network)
+        if config.engine == "fused" and (report.left or not report.replaced):
+            raise ConfigError(f"engine: fused cannot run every block on {device}; take auto or eager. {report}")
+    return network
 
 
 def _data(config: TrainConfig, arch: Architecture, device: torch.device, processes: Processes) -> DataBundle:

@@ -77,6 +77,8 @@ class TrainConfig:
         steps_per_epoch: Steps an epoch; null goes through the training images once.
         batch_size: Images of one forward and backward pass, in each process.
         accumulation_steps: Passes whose gradients make up one step.
+        engine: `fused` runs the blocks on this package's CPU kernels, `eager` on PyTorch's; `auto` is `fused` where
+            there are kernels for the device.
         precision: `float32`, or `bfloat16` for autocast (parameters and optimizer stay float32).
         validation: Images whose accuracy chooses `best`: `held_out` keeps `dataset.held_out_fraction` of the training
             images apart; `test` trains on all of them and chooses by the test images, whose accuracy is then
@@ -103,6 +105,7 @@ class TrainConfig:
     steps_per_epoch: int | None = None
     batch_size: int = 512
     accumulation_steps: int = 1
+    engine: Literal["auto", "fused", "eager"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     validation: Literal["held_out", "test", "none"] = "test"
     ema_decay: float | None = None
