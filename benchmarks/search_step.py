@@ -7,13 +7,16 @@
 A case is [SPACE:]BATCHxRESOLUTION, the space being `imagenet` where none is named; `small:16x28` is the quickstart's.
 Step W is a weight step (two sampled paths, one backward, clipping, SGD), step A an architecture step (mixture, backward
 to alpha and beta, Adam). Competitors: eager NCHW, eager channels_last (the engine `reference`), bfloat16 autocast over
-that, and with `--compile` blocks under `torch.compile` (minutes of compilation for each step). Losses are compared
-before anything is timed. Every sample times all competitors, in an order drawn anew.
+that, and with `--compile` blocks under `torch.compile`. Every block of every layer is compiled for its shapes, forward
+and backward: over three minutes on two busy cores for step W of `small:16x28`, seconds once torch has it in its cache;
+step A and `imagenet` have several times as many blocks and have not been tried. Losses are compared before anything is
+timed. Every sample times all competitors, in an order drawn anew.
 
 `--json` has a row for each case, step and dtype of the native engine (float32, bfloat16):
 
   space, step, batch, resolution, dtype, ours_ms, eager_nchw_ms, eager_channels_last_ms, eager_autocast_ms, best_eager,
   ratio_vs_best_eager, ratio_vs_flop_floor, samples, noise, ours_peak_bytes, eager_peak_bytes
+  and with --compile: compiled_ms (may be the `best_eager`)
 
 `ratio_vs_best_eager`: the fastest competitor of any precision over ours. `ratio_vs_flop_floor`: ours over the time of
 the step's multiplications at the rate of a large matrix product of the same dtype. `noise`: relative spread of our
