@@ -310,6 +310,9 @@ def test_changes_after_acceleration_are_noticed(fused_calls: list[bool]) -> None
         (lambda block: nn.utils.parametrizations.weight_norm(block.conv_pw), False),
         (lambda block: setattr(block.bn1, "act", nn.GELU()), False),
         (lambda block: setattr(block.bn2, "eps", 0.5), False),
+        (lambda block: setattr(block, "has_skip", False), True),
+        (lambda block: setattr(block.conv_dw, "padding_mode", "circular"), False),
+        (lambda block: setattr(block.se.conv_reduce, "bias", None), False),
         (lambda block: setattr(block.conv_pwl, "weight", nn.Parameter(torch.ones_like(block.conv_pwl.weight))), True),
         (lambda block: block.register_forward_hook(hook), True),
     ]
@@ -324,3 +327,81 @@ def test_changes_after_acceleration_are_noticed(fused_calls: list[bool]) -> None
         fused_calls.clear()
         torch.testing.assert_close(fast(images(1)), plain(images(1)))
         assert fused_calls in ([fused], [] if not fused else [True])
+
+
+def test_hooks_on_all_modules_see_the_inner_ones(fused_calls: list[bool]) -> None:
+    fast = randomise(timm_block())
+    tfnas_ext.accelerate(fast, strict=True)
+    fused_calls.clear()
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        fast(images(0))
+    finally:
+        handle.remove()
+    assert fast.conv_dw in seen
+    assert fused_calls == []
+    fast(images(0))
+    assert fused_calls == [True]
+
+
+def test_transforms_run_the_blocks_own_code() -> None:
+    """In evaluation: in training PyTorch refuses to change running statistics inside a transform, and so do we."""
+    plain = randomise(timm_block()).eval()
+    fast = copy.deepcopy(plain)
+    tfnas_ext.accelerate(fast, strict=True)
+    x, seen = images(0), []
+    for model in (plain, fast):
+        weights = dict(model.named_parameters())
+
+        def call(weights: dict[str, Tensor], x: Tensor, model: nn.Module = model) -> Tensor:
+            return torch.func.functional_call(model, weights, (x,))
+
+        def loss(weights: dict[str, Tensor], x: Tensor, call: Callable[..., Tensor] = call) -> Tensor:
+            return call(weights, x).square().sum()
+
+        results = [torch.vmap(call, (None, 0))(weights, x[:, None])]
+        results += torch.func.grad(loss)(weights, x).values()
+        results += torch.func.jvp(lambda x, call=call, weights=weights: call(weights, x), (x,), (x,))
+        seen.append(results)
+        model.train()
+        with pytest.raises(RuntimeError, match=r"in-place operation|in-place|not batched"):
+            torch.func.grad(loss)(weights, x)
+        assert not any(torch._C._functorch.is_functorch_wrapped_tensor(buffer) for buffer in model.buffers())
+    for got, want in zip(*seen[::-1], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_torchscript_says_what_to_do() -> None:
+    model = nn.Sequential(plain_block(act_func="relu"))
+    tfnas_ext.accelerate(model, strict=True)
+    with pytest.raises(RuntimeError, match=r"tfnas_ext\.restore\(model\) before"):
+        torch.jit.script(model)
+    assert len(tfnas_ext.restore(model)) == 1
+    torch.jit.script(model)
+
+
+def test_second_derivatives_say_what_to_do() -> None:
+    fast = randomise(timm_block())
+    tfnas_ext.accelerate(fast, strict=True)
+    x = images(0).requires_grad_()
+    (grad,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"tfnas_ext\.restore\(model\)"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("frozen", ["conv_pw.weight", "conv", "bn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_parts_in_every_type(frozen: str, dtype: torch.dtype) -> None:
+    """The other gradients are those that a block of which nothing is frozen has."""
+    free = randomise(timm_block()).to(dtype)
+    tfnas_ext.accelerate(free, strict=True)
+    partly = copy.deepcopy(free)
+    for name, parameter in partly.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    for model in (free, partly):
+        model(images(0).to(dtype)).float().square().sum().backward()
+    for (name, got), want in zip(partly.named_parameters(), free.parameters(), strict=True):
+        assert (got.grad is None) == name.startswith(frozen)
+        if got.grad is not None and want.grad is not None:
+            torch.testing.assert_close(got.grad, want.grad)

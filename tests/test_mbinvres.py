@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tfnas_ext import ops, reference
 from tfnas_ext._native import MODULE
+from tfnas_ext.reference import ACTIVATIONS, Norm, SqueezeExcite
 
 pytestmark = pytest.mark.skipif(MODULE is None, reason="the native module is not built")
 
@@ -359,3 +360,26 @@ def test_not_a_number_stays() -> None:
     x[0, 0, 0, 0] = float("nan")
     for design in ("strips", "channels"):
         assert ops.mbinvres(x, *args[1:], **options, backend="cpu", design=design).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("gate", ["sigmoid", "hard_sigmoid"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_passes_a_gate_as_pytorch_has_it(dtype: torch.dtype, gate: str, bad: float) -> None:
+    """In inference: where the plain modules give a NaN or an infinity, so do the kernels, other images untouched."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x = draw(2, 8, 6, 6)
+    x[0, 3, 2, 2] = bad
+    norms = [Norm(None, None, draw(c), draw(c).abs() + 0.5) for c in (24, 24, 8)]
+    se = SqueezeExcite(draw(4, 24, 1, 1), draw(4), draw(24, 4, 1, 1), draw(24))
+    weights = (draw(24, 8, 1, 1), draw(24, 1, 3, 3), draw(8, 24, 1, 1))
+    for act in ACTIVATIONS:
+        options = {"se": se, "act": act, "se_gate": gate, "training": False, "residual": True}
+        options |= {f"bn{i}": norm for i, norm in enumerate(norms, 1)}
+        got, want = (ops.mbinvres(x, *weights, **options, backend=name) for name in ("cpu", "reference"))
+        assert torch.equal(got.isnan(), want.isnan()), act
+        assert torch.equal(got.isinf(), want.isinf()), act

@@ -225,3 +225,27 @@ def test_sampling_refuses_wrong_tensors(kind: str) -> None:
 def test_sampling_refuses_masks_that_are_not_bool(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match="valid_mask must be bool"):
         torch.ops.tfnas.sample_paths(torch.zeros(3, 4), 1.0, 0, 0, "random", torch.ones(3, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("design", ["strips", "channels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [False, True])
+def test_each_gradient_alone_and_all_but_it(design: str, dtype: torch.dtype, affine: bool) -> None:
+    """Nothing that one gradient needs is made only where another one is wanted."""
+    case = replace(SMALL, affine=affine, design=design)
+    tensors = [None if t is None else t.detach().float() for t in tensors_of(make_block(case))]
+    assert tensors[0] is not None
+    tensors[0] = tensors[0].to(dtype)
+    options = (*options_of(case), design, None, "sigmoid")
+    out, _, saved = torch.ops.tfnas.mbinvres(*tensors, *options)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    there = [t is not None for t in tensors]
+    every = torch.ops.tfnas.mbinvres_backward(dout, tensors[0], saved, *tensors[1:], *options, there)
+    for index in [i for i, given in enumerate(there) if given]:
+        alone = [i == index for i in range(len(there))]
+        for mask in (alone, [given and not wanted for given, wanted in zip(there, alone, strict=True)]):
+            grads = torch.ops.tfnas.mbinvres_backward(dout, tensors[0], saved, *tensors[1:], *options, mask)
+            for got, want, wanted in zip(grads, every, mask, strict=True):
+                if wanted:
+                    error = (got.double() - want.double()).norm() / want.double().norm()
+                    assert error < 100 * torch.finfo(dtype).eps, (index, mask, error)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tfnas_ext.adapters import NotAccelerated, block_parts
-from tfnas_ext.adapters.parts import CheckedParts, geometry, has_hooks
+from tfnas_ext.adapters.parts import CheckedParts, condition, has_global_hooks, has_hooks
 from tfnas_ext.drop_in_run import run_block
 
 _STATE = "_tfnas_drop_in"
@@ -25,7 +25,7 @@ class BlockState:
         self._block: weakref.ref[nn.Module] | None = None
         self._children: tuple[nn.Module | None, ...] = ()
         self._inner: tuple[tuple[nn.Module, type[nn.Module], tuple[nn.Module | None, ...]], ...] = ()
-        self._geometry: tuple[object, ...] = ()
+        self._condition: tuple[object, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BlockState, (self.dtype,)  # copies belong to other blocks
@@ -39,7 +39,7 @@ class BlockState:
             self.parts = block_parts(block, original)
         except NotAccelerated:
             self.parts = None
-        self._geometry = () if self.parts is None else geometry(self.parts)
+        self._condition = tuple(condition(module) for module in block.modules())
 
     def is_of(self, block: nn.Module) -> bool:
         """Whether this is about `block` and nothing that matters has changed in it."""
@@ -50,7 +50,9 @@ class BlockState:
                 return False
             if "forward" in module.__dict__:
                 return False
-        return self.parts is None or geometry(self.parts) == self._geometry
+        return condition(block) == self._condition[0] and all(
+            condition(module) == found for (module, *_), found in zip(self._inner, self._condition[1:], strict=True)
+        )
 
 
 class FusedBlock(nn.Module):
@@ -64,11 +66,18 @@ class FusedBlock(nn.Module):
             if not torch.compiler.is_compiling() and not state.is_of(self):
                 state = self.__dict__[_STATE] = BlockState(state.dtype)
                 state.look_up(self, self._tfnas_original)
-            if state.parts is not None:
+            if state.parts is not None and not _module_calls_count():
                 out = run_block(self, state.parts, args[0], state.dtype)
                 if out is not None:
                     return out
         return super().forward(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` calls first; it knows nothing of classes made at run time."""
+        raise RuntimeError(
+            f"{type(self).__name__} runs on fused kernels, which TorchScript cannot compile: call "
+            "tfnas_ext.restore(model) before torch.jit.script"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return new_fused, (self._tfnas_original,), self.__dict__.copy()
@@ -76,6 +85,11 @@ class FusedBlock(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__[_STATE].look_up(self, self._tfnas_original)
+
+
+def _module_calls_count() -> bool:
+    """Whether somebody wants to see every module's call."""
+    return not torch.compiler.is_compiling() and has_global_hooks()
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -24,8 +24,8 @@ def run_block(block: nn.Module, parts: CheckedParts, x: Any, dtype: torch.dtype 
     Its own code runs for anything but a plain tensor [N, C, H, W] in the CPU's memory, of a type that the kernels
     compute in and that the weights have (any, where `dtype` is given); under autocast, unless it is to bfloat16, which
     the input has already, or `dtype` is given; where some norms use the batch's statistics and some running ones; for
-    gradients through running statistics; where PyTorch refuses one value per channel; and in traces and exports, whose
-    graphs shall hold PyTorch's own operators only.
+    gradients through running statistics; where PyTorch refuses one value per channel; inside the transforms of
+    `torch.func`; and in traces and exports, whose graphs shall hold PyTorch's own operators only.
     """
     if not _takes(x, dtype) or x.shape[1] != (parts.conv_pw or parts.conv_dw).in_channels:
         return None
@@ -35,13 +35,16 @@ def run_block(block: nn.Module, parts: CheckedParts, x: Any, dtype: torch.dtype 
     tensors, norms = _tensors(parts), [_norm(norm) for norm in parts.norms]
     compute = dtype or x.dtype
     types = {compute, torch.float32} if torch.is_autocast_enabled("cpu") else {compute}
-    if any(t.device != x.device or (dtype is None and t.dtype not in types) for t in _given(tensors, norms)):
+    given = _given(tensors, norms)
+    if any(t.device != x.device or (dtype is None and t.dtype not in types) for t in given):
+        return None
+    if ops.is_transformed([x, *given]):
         return None
     if by_batch[0]:
         stride = parts.conv_dw.stride[0]
         if x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) == 1:
             return None
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, *_given(tensors, norms))):
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given)):
         return None
     if dtype is None:
         return _run(block, parts, x, tensors, norms, by_batch[0])

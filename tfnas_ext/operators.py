@@ -147,7 +147,8 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 def _refuse_double_backward(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(
-        "mbinvres is differentiable once: its backward has no gradient. Use backend='reference' for second derivatives."
+        "mbinvres is differentiable once: its backward has no gradient. For second derivatives use "
+        "backend='reference', or tfnas_ext.restore(model) after accelerate."
     )
 
 

@@ -146,7 +146,7 @@ def _runs_native(x: Tensor, weights: Sequence[Tensor | None], backend: str | Non
     conv_dw = weights[1]
     assert conv_dw is not None
     fits = possible and working_dtype(x) in NATIVE_DTYPES and conv_dw.dim() == 4 and conv_dw.shape[-1] in (3, 5, 7)
-    fits = fits and not _transformed([x, *weights])
+    fits = fits and not is_transformed([x, *weights])
     if backend is not None and not fits:
         raise ValueError(
             f"backend={backend!r} runs float32, float64 and bfloat16, kernels 3, 5 and 7, running statistics in all "
@@ -157,7 +157,7 @@ def _runs_native(x: Tensor, weights: Sequence[Tensor | None], backend: str | Non
     return fits
 
 
-def _transformed(tensors: Sequence[Tensor | None]) -> bool:
+def is_transformed(tensors: Sequence[Tensor | None]) -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which know nothing of the operators."""
     if torch.compiler.is_compiling():
         return False

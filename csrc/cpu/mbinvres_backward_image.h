@@ -17,7 +17,7 @@ struct CandidateBackward {
   E* wide;                  // [planes][m2][16]: gradient of h2, with SE of z
   const T* dpooled;         // SE: [batch][padded], per pixel
   T *mean_g, *mean_gh;      // [padded]: dy2 = gain rstd (dh2 - mean_g - (y2 - mean) mean_gh)
-  bool depthwise_wanted, expand_wanted, norm1_wanted, dx_wanted;
+  bool depthwise_wanted, expand_wanted, dx_wanted;
   bool direct;            // strips: mean(dh1 h1) summed directly, since G = dh1^T x is not formed
   const Packed<E>* rows;  // rows [width][ci] of the expand weights, strips: times gain1 rstd1
 };

@@ -173,6 +173,13 @@ inline void backward_strips(const BackwardState<E>& state, const CandidatePlan<E
   close_norm1(plan, c, b, products, sums, sums + c.padded, state.correction, gradient, threads);
 }
 
+// Strips: whether mean(dh1 h1) is summed directly, G = dh1^T x being of no other use.
+template <class E>
+inline bool sums_directly(const CandidatePlan<E>& c, const CandidateGradient<Compute<E>>* gradient) {
+  if (c.weights->bn1.weight || c.weights->bn1.bias) return false;
+  return !gradient || !(gradient->expand.data || gradient->bn_weight[0] || gradient->bn_bias[0]);
+}
+
 template <class E>
 inline void run_backward(const Layer<Compute<E>>& layer, const E* x, const void* saved, const E* dout, E* dx,
                          Compute<E>* dmix, const CandidateGradient<Compute<E>>* gradients,
@@ -201,10 +208,12 @@ inline void run_backward(const Layer<Compute<E>>& layer, const E* x, const void*
   E* dy3 = scratch.take<E>(g.m2 * g.co);
   E* wide = scratch.take<E>(largest_padded(plan) * g.m2);
   share_y2(plan, scratch);
-  bool expand_wanted = false;
-  for (int i = 0; gradients && i < plan.count; ++i) expand_wanted |= gradients[i].expand.data != nullptr;
+  bool products_wanted = false;  // of any candidate, with x: its expand gradient, or what closes its BN1
+  for (int i = 0; i < plan.count; ++i)
+    products_wanted |= (gradients && gradients[i].expand.data) ||
+                       (!channels && !sums_directly(plan.candidates[i], gradients ? gradients + i : nullptr));
   PixelPairs<E> x_pairs{};
-  if (expand_wanted && expands)
+  if (products_wanted && expands)
     x_pairs = channels ? pair_narrow(x, 1, g.m, g.ci, scratch, threads)
                        : pair_narrow(x, g.batch, g.pixels, g.ci, scratch, threads);
   double* sums = scratch.take<double>(2 * g.co);
@@ -223,16 +232,15 @@ inline void run_backward(const Layer<Compute<E>>& layer, const E* x, const void*
       if (gradient && gradient->bn_bias[2]) gradient->bn_bias[2][j] = static_cast<T>(mix * sums[j]);
     }
     if (dmix) dmix[i] = static_cast<T>(along_mix);
-    const bool wanted = gradient != nullptr, affine1 = c.weights->bn1.weight || c.weights->bn1.bias;
+    const bool wanted = gradient != nullptr;
     CandidateBackward<E> b;
     b.x = x, b.x_pairs = x_pairs, b.dy3 = dy3, b.wide = wide;
     b.dpooled = c.gate ? local.take<T>(g.batch * c.padded) : nullptr;
     b.mean_g = local.take<T>(c.padded), b.mean_gh = local.take<T>(c.padded);
     b.depthwise_wanted = wanted && gradient->depthwise.data;
     b.expand_wanted = c.expands && wanted && gradient->expand.data;
-    b.norm1_wanted = c.expands && wanted && (gradient->bn_weight[0] || gradient->bn_bias[0]);
     b.dx_wanted = dx != nullptr;
-    b.direct = !channels && c.expands && !b.expand_wanted && !b.norm1_wanted && !affine1;
+    b.direct = !channels && c.expands && sums_directly(c, gradient);
     T* scale = nullptr;  // strips: dh1 goes back through BN1 here, but for the narrow correction
     if (!channels && c.expands) {
       scale = local.take<T>(c.padded);

@@ -98,7 +98,7 @@ TFNAS_INLINE __m512 above(__m512 a, __m512 b) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), splat(1.f));
 }
 TFNAS_INLINE __m512 sigmoid(__m512 h) {
-  const __m512 t = _mm512_min_ps(mul(h, splat(kMinusLog2E)), splat(126.f));
+  const __m512 t = min(splat(126.f), mul(h, splat(kMinusLog2E)));
   const __m512 n = _mm512_roundscale_ps(t, 8), r = sub(t, n);
   __m512 p = fma(r, splat(kExp2[5]), splat(kExp2[4]));
   for (int i = 3; i >= 0; --i) p = fma(r, p, splat(kExp2[i]));
@@ -164,7 +164,7 @@ TFNAS_INLINE Pair above(Pair a, Pair b) {
 }
 TFNAS_INLINE __m256 sigmoid8(__m256 h) {
   const __m256 scaled = _mm256_mul_ps(h, _mm256_set1_ps(kMinusLog2E));
-  const __m256 t = _mm256_max_ps(_mm256_min_ps(scaled, _mm256_set1_ps(126.f)), _mm256_set1_ps(-126.f));
+  const __m256 t = _mm256_max_ps(_mm256_set1_ps(-126.f), _mm256_min_ps(_mm256_set1_ps(126.f), scaled));
   const __m256 n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm256_sub_ps(t, n);
   __m256 p = _mm256_fmadd_ps(r, _mm256_set1_ps(kExp2[5]), _mm256_set1_ps(kExp2[4]));
   for (int i = 3; i >= 0; --i) p = _mm256_fmadd_ps(r, p, _mm256_set1_ps(kExp2[i]));

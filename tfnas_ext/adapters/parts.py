@@ -124,18 +124,25 @@ def check_parts(block: nn.Module, parts: BlockParts) -> CheckedParts:
     )
 
 
-def geometry(parts: CheckedParts) -> tuple[object, ...]:
-    """What was checked and can be set on a finished module: the form of the convolutions, eps of the norms."""
-    convs = [conv for conv in (parts.conv_pw, parts.conv_dw, parts.conv_pwl) if conv is not None]
-    forms = [(conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias is None) for conv in convs]
-    return (*forms, *(norm.eps for norm in parts.norms))
+def condition(module: nn.Module) -> tuple[object, ...]:
+    """What was checked of a module and can be set on a finished one: its plain attributes, and which tensors it has.
+
+    `training` is read in every call and left out.
+    """
+    plain = [v for k, v in module.__dict__.items() if type(v) in (bool, int, float, str, tuple) and k != "training"]
+    return (*plain, *(name for name, tensor in module._parameters.items() if tensor is not None))
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something besides `forward` runs when the module is called."""
+    """Whether something of the module's own besides `forward` runs when it is called."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def has_global_hooks() -> bool:
+    """Whether something runs when any module at all is called: profilers and counters of modules ask for it."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
 
 
 def _check_untouched(module: nn.Module, name: str) -> None:
