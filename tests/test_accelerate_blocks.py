@@ -405,3 +405,24 @@ def test_frozen_parts_in_every_type(frozen: str, dtype: torch.dtype) -> None:
         assert (got.grad is None) == name.startswith(frozen)
         if got.grad is not None and want.grad is not None:
             torch.testing.assert_close(got.grad, want.grad)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("hooked", [False, True])
+def test_compiling_looks_at_the_block(hooked: bool) -> None:
+    """Also where the block was never called since it was changed."""
+    plain = randomise(plain_block(act_func="relu"))
+    fast = copy.deepcopy(plain)
+    tfnas_ext.accelerate(fast, strict=True)
+    if hooked:
+        for model in (plain, fast):
+            model.depth_conv.conv.register_forward_hook(lambda module, args, out: out * out)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(fast, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(images(0)), plain(images(0)))
+    assert ("tfnas" in graphs[0]) == (not hooked)

@@ -63,7 +63,10 @@ class FusedBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs:
             state: BlockState = self.__dict__[_STATE]
-            if not torch.compiler.is_compiling() and not state.is_of(self):
+            if torch.compiler.is_compiling():
+                if not _unchanged(state, self):
+                    return super().forward(*args, **kwargs)
+            elif not state.is_of(self):
                 state = self.__dict__[_STATE] = BlockState(state.dtype)
                 state.look_up(self, self._tfnas_original)
             if state.parts is not None and not _module_calls_count():
@@ -85,6 +88,12 @@ class FusedBlock(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__[_STATE].look_up(self, self._tfnas_original)
+
+
+@torch.compiler.assume_constant_result
+def _unchanged(state: BlockState, block: nn.Module) -> bool:
+    """Looked at while a graph is made, which then keeps to the answer."""
+    return state.is_of(block)
 
 
 def _module_calls_count() -> bool:

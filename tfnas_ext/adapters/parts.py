@@ -127,9 +127,10 @@ def check_parts(block: nn.Module, parts: BlockParts) -> CheckedParts:
 def condition(module: nn.Module) -> tuple[object, ...]:
     """What was checked of a module and can be set on a finished one: its plain attributes, and which tensors it has.
 
-    `training` is read in every call and left out.
+    Left out: `training`, which is read in every call, and private ones, in which torch keeps notes of its own.
     """
-    plain = [v for k, v in module.__dict__.items() if type(v) in (bool, int, float, str, tuple) and k != "training"]
+    state = {k: v for k, v in module.__dict__.items() if k[0] != "_" and k != "training"}
+    plain = [value for value in state.values() if type(value) in (bool, int, float, str, tuple)]
     return (*plain, *(name for name, tensor in module._parameters.items() if tensor is not None))
 
 
