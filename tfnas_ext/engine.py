@@ -144,12 +144,16 @@ def engine_names() -> list[str]:
     return list(reversed(_FACTORIES))
 
 
+class EngineRefused(ValueError, RuntimeError):
+    """An engine asked for by name that cannot run here; the message says why."""
+
+
 def make_engine(name: str, spec: BodySpec, layers: Sequence[PackedLayer]) -> SupernetEngine:
     """The engine of that name; `auto` takes the first of `engine_names()` that can run this body.
 
     Raises:
         ValueError: no engine of that name, or layers that are not the spec's.
-        RuntimeError: the engine asked for cannot run this body; the message says why.
+        EngineRefused: the engine asked for cannot run this body; the message says why.
     """
     if [layer.spec for layer in layers] != list(spec.layers):
         raise ValueError(f"layers must be the {len(spec.layers)} PackedLayers of spec, in order")
@@ -159,7 +163,7 @@ def make_engine(name: str, spec: BodySpec, layers: Sequence[PackedLayer]) -> Sup
         raise ValueError(f"engine must be one of auto, {', '.join(engine_names())}, not {name!r}")
     refusal = _FACTORIES[name].refusal(spec, layers)
     if refusal is not None:
-        raise RuntimeError(f"engine {name!r} cannot run here: {refusal}")
+        raise EngineRefused(f"engine {name!r} cannot run here: {refusal}")
     return _FACTORIES[name].make(spec, layers)
 
 

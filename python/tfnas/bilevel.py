@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tfnas.architecture import Architecture
 from tfnas.callbacks import Record, Reporter
+from tfnas.checkpoint import find_not_finite
 from tfnas.config import SearchConfig
 from tfnas.data import DataBundle
 from tfnas.derive import derive, kept_layers
@@ -179,6 +180,8 @@ class BilevelSearch(RunLoop):
 
     def _derive(self) -> Architecture:
         net = self.supernet
+        if (name := find_not_finite({"log_alpha": net.log_alpha, "log_beta": net.log_beta})) is not None:
+            raise self.failed(self._not_finite(name))
         return derive(self.space, net.log_alpha, net.log_beta, net.widths)
 
     def _derived_latency_ms(self) -> float:

@@ -152,4 +152,5 @@ def _draw(figure: Figure, rows: Sequence[TargetRow]) -> None:
     for row in rows:
         axis.axvline(row.target_latency_ms, color="0.8", linewidth=0.8, zorder=0)
     axis.set(xlabel="latency by the table (ms); gray: targets", ylabel="accuracy (%)")
-    axis.legend()
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()

@@ -290,12 +290,12 @@ def _bounds(config: SearchConfig) -> Iterator[tuple[str, float | None, float, fl
     yield "batch_size", config.batch_size, 1, inf
     yield "seed", config.seed, 0, 2**63 - 1
     yield "threads", config.threads, 1, 4096
-    yield "tolerance", config.tolerance, 0, 1
+    yield "tolerance", config.tolerance, tiny, 0.99
     yield "num_classes", config.num_classes, 2, inf
     yield "resolution", config.resolution, 1, inf
     yield "image_channels", config.image_channels, 1, inf
     yield "dataset.evaluation_batch_size", config.dataset.evaluation_batch_size, 1, inf
-    yield "dataset.padding", config.dataset.padding, 0, inf
+    yield "dataset.padding", config.dataset.padding, 0, 4096
     yield "dataset.fake_images_per_class", config.dataset.fake_images_per_class, 2, inf
     yield "dataset.held_out_fraction", config.dataset.held_out_fraction, 0.01, 0.99
     yield "dataset.workers", config.dataset.workers, 0, 4096
@@ -310,10 +310,11 @@ def _bounds(config: SearchConfig) -> Iterator[tuple[str, float | None, float, fl
     yield "architecture.weight_decay", config.architecture.weight_decay, 0, huge
     yield "architecture.max_norm", config.architecture.max_norm, tiny, inf
     yield "architecture.every_steps", config.architecture.every_steps, 1, inf
-    yield "sampling.tau", config.sampling.tau, tiny, inf
+    yield "sampling.tau", config.sampling.tau, tiny, huge
     yield "sampling.tau_decay", config.sampling.tau_decay, tiny, 1
-    yield "sampling.tau_final", config.sampling.tau_final, tiny, inf
-    yield "objective.latency_weight", config.objective.latency_weight, 0, inf
+    yield "sampling.tau_final", config.sampling.tau_final, tiny, huge
+    yield "objective.latency_weight", config.objective.latency_weight, 0, huge
+    yield "objective.exponent", config.objective.exponent, -huge, huge
     yield "profile.batch_size", config.profile.batch_size, 1, inf
     yield "profile.budget_s", config.profile.budget_s, tiny, inf
     yield "profile.threads", config.profile.threads, 1, 4096

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -180,7 +181,18 @@ class RunLoop(ABC):
             if isinstance(tag, tuple):
                 self._account(*tag, figures)
             else:
-                self.reporter.record(tag | self._measured_record(figures))
+                record = tag | self._measured_record(figures)
+                # steps check their loss before their update; this is the first sight of what the update did
+                for name, value in record.items():
+                    if isinstance(value, float) and not math.isfinite(value):
+                        raise self.failed(self._not_finite(name))
+                self.reporter.record(record)
+
+    def _not_finite(self, name: str) -> str:
+        return (
+            f"{name} is not finite after step {self.step - 1}. The last good checkpoint stays in {self.folder}; a "
+            "lower learning rate may help"
+        )
 
     def _checkpoint_due(self) -> bool:
         every = self._checkpoint_config
@@ -205,10 +217,7 @@ class RunLoop(ABC):
         }
         # figures are from before the last update
         if (name := find_not_finite(state)) is not None:
-            raise self.failed(
-                f"{name} is not finite after step {self.step - 1}. The last good checkpoint stays in {self.folder}; a "
-                "lower learning rate may help"
-            )
+            raise self.failed(self._not_finite(name))
         save_checkpoint(self.folder, state)
         self._saved_at = time.monotonic()
 

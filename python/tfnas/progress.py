@@ -106,7 +106,11 @@ class LiveProgress(Callback):
 
 def default_progress(wording: Wording | None = None) -> Callback:
     """`LiveProgress` where standard output is a terminal, `PlainProgress` elsewhere."""
-    return LiveProgress(wording=wording) if sys.stdout.isatty() else PlainProgress(wording=wording)
+    return (
+        LiveProgress(wording=wording)
+        if sys.stdout is not None and sys.stdout.isatty()
+        else PlainProgress(wording=wording)
+    )
 
 
 def start_lines(record: Record) -> list[str]:

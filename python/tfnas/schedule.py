@@ -28,7 +28,8 @@ def temperature(config: SearchConfig, epoch: int) -> float:
     if sampling.tau_schedule == "exponential":
         return sampling.tau * sampling.tau_decay**passed
     last = max(1, config.epochs - 1 - config.warmup_epochs)
-    return sampling.tau + (sampling.tau_final - sampling.tau) * passed / last
+    # not tau + (tau_final - tau): that rounds a small tau_final to 0
+    return sampling.tau * (1 - passed / last) + sampling.tau_final * (passed / last)
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int, lr: float, final_lr: float) -> float:

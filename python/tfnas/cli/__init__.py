@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -74,6 +75,13 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     A module of this package has either `run(arguments) -> int` or a function of the command's name, whose parameters
     become options.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller (`>&-`)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            # a name that the locale's encoding lacks must not end a command or its progress
+            stream.reconfigure(errors="backslashreplace")
     try:
         module = importlib.import_module(f"tfnas.cli.{command}")
         if hasattr(module, "run"):

@@ -81,7 +81,8 @@ class DataOptions:
         self._at_least("evaluation_batch_size", 1)
         self._at_least("resolution", 1)
         self._at_least("num_classes", 1)
-        self._at_least("padding", 0)
+        if not 0 <= self.padding <= 4096:
+            raise DataError(f"padding: expected 0 to 4096 pixels, got {self.padding}")
         self._at_least("workers", 0)
         self._at_least("fake_images_per_class", 2)
         if self.image_channels not in (None, 1, 3):

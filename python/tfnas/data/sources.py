@@ -57,6 +57,8 @@ def open_source(options: DataOptions, seed: int) -> Source:
         raise DataError(
             f"source: expected quickstart, fake, fashion-mnist or an existing path, got {shown(options.source)}"
         )
+    if path.is_char_device() or path.is_block_device():
+        raise DataError(f"source: expected a folder or a file, got the device {shown(path)}")  # may never end
     readers = {"folder": _folder, "list": _list, "npz": _npz}
     chosen = options.format if options.format != "auto" else _format_of(path)
     if chosen == "idx":

@@ -46,6 +46,8 @@ def load_table(path: str | Path) -> LatencyTable:
     (`LatencyUnitWarning`) where the values look like seconds.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise LatencyTableError(f"{path}: expected the file of a latency table, got a folder or device")
     if not path.is_file():
         raise LatencyTableError(f"{path}: no such file; build a latency table with `tfnas lut build --output {path}`")
     suffix = path.suffix.lower()
