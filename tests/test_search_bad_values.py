@@ -14,7 +14,7 @@ from search_cases import command, tiny_config, tiny_file
 from tfnas.bilevel import SearchFailed
 from tfnas.cli import main
 from tfnas.config import ConfigError, SearchConfig
-from tfnas.config_io import config_from_dict
+from tfnas.config_io import config_from_dict, load_config
 from tfnas.data import DataError, DataOptions
 from tfnas.schedule import temperature
 
@@ -91,3 +91,26 @@ def test_closed_output_and_names_beyond_the_locale(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "f\\xfc\\xdfe" in done.stdout
     assert "epoch 1/1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [*a]",
+        "weights: &w {lr: *w}",
+        "\n".join(["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]),
+        "a: " + "[" * 200 + "]" * 200,
+    ],
+)
+def test_aliases_and_nesting_that_never_end(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert main(["search", "--config", str(path)]) == 2
+    assert "or an alias within itself" in capsys.readouterr().err
+
+
+def test_aliases_that_end(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("epochs: &n 3\nwarmup_epochs: 0\nbatch_size: *n\nweights: &w {lr: 0.5}\n")
+    config = load_config(path)
+    assert (config.epochs, config.batch_size, config.weights.lr) == (3, 3, 0.5)
