@@ -345,7 +345,7 @@ def test_nan_duplicates_and_other_files(tmp_path: Path) -> None:
             load_table(file)
     with pytest.raises(LatencyTableError, match="no such file"):
         load_table(tmp_path / "absent.json")
-    with pytest.raises(LatencyTableError, match="no such file"):
+    with pytest.raises(LatencyTableError, match="got a folder"):
         load_table(tmp_path)
 
 
