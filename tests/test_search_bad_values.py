@@ -83,11 +83,11 @@ def test_closed_output_and_names_beyond_the_locale(tmp_path: Path) -> None:
     """One process, closed standard output; one whose encoding lacks the folder's name: both search to the end."""
     config = str(tiny_file(tmp_path, **SHORT))
     closed = f'exec "{sys.executable}" -m tfnas search --config "{config}" --output "{tmp_path / "closed"}" >&-'
-    done = subprocess.run(["sh", "-c", closed], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(["sh", "-c", closed], capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     arguments = command("--config", config, "--output", str(tmp_path / "füße"))
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120, env=env)
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120, env=env, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "f\\xfc\\xdfe" in done.stdout
     assert "epoch 1/1" in done.stdout
