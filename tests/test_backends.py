@@ -179,3 +179,10 @@ def test_wrong_cpu_capability_is_an_error_that_names_the_choices_and_the_report_
     assert result.stdout.strip() == "['reference']"
     assert "ValueError" in result.stderr
     assert "must be generic, avx2, avx512 or avx512_bf16, got 'sse9'" in result.stderr
+
+
+def test_importing_leaves_the_compiler_alone(tmp_path: Path) -> None:
+    """torch._dynamo costs a second and 110 MB, which only those who compile shall pay."""
+    code = "import sys, tfnas_ext, tfnas.supernet, tfnas.steps; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "False\n"

@@ -90,10 +90,13 @@ class FusedBlock(nn.Module):
         self.__dict__[_STATE].look_up(self, self._tfnas_original)
 
 
-@torch.compiler.assume_constant_result
 def _unchanged(state: BlockState, block: nn.Module) -> bool:
     """Looked at while a graph is made, which then keeps to the answer."""
     return state.is_of(block)
+
+
+# What `torch.compiler.assume_constant_result` does; that imports the compiler, a second and 110 MB for everybody.
+_unchanged._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _module_calls_count() -> bool:
