@@ -108,8 +108,7 @@ inline void backward_channels(const LayerPlan<E>& plan, const CandidatePlan<E>& 
   const int64_t taps = c.kernel * c.kernel, channel = chunk.plane * kLanes;
   T* depthwise = scratch.take<T>(2 * chunk.planes * taps * kLanes);
   T* flipped = depthwise + chunk.planes * taps * kLanes;
-  for (int v = 0; v < chunk.planes; ++v)
-    pack_depthwise(c, chunk.plane + v, depthwise + v * taps * kLanes, flipped + v * taps * kLanes);
+  pack_depthwise(c, chunk.plane, chunk.planes, depthwise, flipped);
   double dh1_sums[2][Blocking<T>::planes * kLanes] = {};
   ImageSums<T> sums{scratch.zeros<T>(chunk.planes * taps * kLanes), dh1_sums[0], dh1_sums[1], nullptr};
   T* dh1 = scratch.take<T>(chunk.planes * g.m * kLanes);

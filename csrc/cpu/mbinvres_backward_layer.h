@@ -131,8 +131,7 @@ inline void backward_strips(const BackwardState<E>& state, const CandidatePlan<E
   const int64_t taps = c.kernel * c.kernel;
   T* depthwise = scratch.take<T>(2 * c.padded * taps);
   T* flipped = depthwise + c.padded * taps;
-  for (int64_t plane = 0; plane < c.planes; ++plane)
-    pack_depthwise(c, plane, depthwise + plane * taps * kLanes, flipped + plane * taps * kLanes);
+  pack_depthwise(c, 0, c.planes, depthwise, flipped);
   Packed<E>* columns = c.expands ? scratch.take<Packed<E>>(c.planes * g.ci * kLanes) : nullptr;
   if (c.expands) pack_all_columns(c.weights->expand, c, g.in_channels, g.ci, columns, threads);
   Chunk* chunks = scratch.take<Chunk>(c.planes);

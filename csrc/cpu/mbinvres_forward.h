@@ -93,11 +93,10 @@ inline void forward_channels(const LayerPlan<E>& plan, const CandidatePlan<E>& c
   Packed<E>* expand = scratch.take<Packed<E>>(chunk.planes * g.ci * kLanes);
   T* depthwise = scratch.take<T>(chunk.planes * taps * kLanes);
   T* tile = scratch.take<T>(chunk.planes * kBlock * kLanes);
-  for (int v = 0; v < chunk.planes; ++v) {
+  for (int v = 0; v < chunk.planes; ++v)
     pack_columns<E>(c.weights->expand, c.width, chunk.plane + v, g.in_channels, g.ci,
                     expand + v * g.ci * kLanes);
-    pack_depthwise(c, chunk.plane + v, depthwise + v * taps * kLanes, static_cast<T*>(nullptr));
-  }
+  pack_depthwise<E>(c, chunk.plane, chunk.planes, depthwise, nullptr);
   double sums[2][Blocking<T>::planes * kLanes];
   PlaneMoments<T> moments[Blocking<T>::planes];
   for (int64_t m0 = 0; m0 < g.m; m0 += kBlock) {
@@ -139,8 +138,7 @@ inline void depthwise_channels(const LayerPlan<E>& plan, const CandidatePlan<E>&
   Scratch scratch;
   const int64_t taps = c.kernel * c.kernel;
   T* depthwise = scratch.take<T>(chunk.planes * taps * kLanes);
-  for (int v = 0; v < chunk.planes; ++v)
-    pack_depthwise(c, chunk.plane + v, depthwise + v * taps * kLanes, static_cast<T*>(nullptr));
+  pack_depthwise<E>(c, chunk.plane, chunk.planes, depthwise, nullptr);
   T* memory = scratch.zeros<T>(forward_memory<T>(g, c.kernel, g.height));
   PlaneMoments<T> ignored[Blocking<T>::planes];
   for (int64_t n = 0; n < g.batch; ++n)
@@ -158,8 +156,7 @@ inline void depthwise_strips(const LayerPlan<E>& plan, const CandidatePlan<E>& c
   Scratch scratch;
   const int64_t taps = c.kernel * c.kernel;
   T* depthwise = scratch.take<T>(c.planes * taps * kLanes);
-  for (int64_t plane = 0; plane < c.planes; ++plane)
-    pack_depthwise(c, plane, depthwise + plane * taps * kLanes, static_cast<T*>(nullptr));
+  pack_depthwise<E>(c, 0, c.planes, depthwise, nullptr);
   Packed<E>* columns = c.expands ? scratch.take<Packed<E>>(c.planes * g.ci * kLanes) : nullptr;
   if (c.expands) pack_all_columns(c.weights->expand, c, g.in_channels, g.ci, columns, threads);
   Chunk* chunks = scratch.take<Chunk>(c.planes);

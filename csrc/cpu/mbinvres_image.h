@@ -74,16 +74,7 @@ struct PlaneMoments {
     shift = mul(total, splat(T(1) / static_cast<T>(pixels)));
   }
   void add_values(const T* values, int64_t pixels) {
-    for (int64_t m0 = 0; m0 < pixels; m0 += 8) {
-      V s = splat(T(0)), q = s;
-      for (int64_t m = m0; m < minimum(m0 + 8, pixels); ++m) {
-        const V centred = sub(load(values + m * kLanes), shift);
-        s = add(s, centred);
-        q = fma(centred, centred, q);
-      }
-      sum = add(sum, s);
-      squares = add(squares, q);
-    }
+    add_centred(pixels, shift, sum, squares, [&](int64_t m) { return load(values + m * kLanes); });
     added(pixels);
   }
   // After `pixels` more went into the sums.
@@ -136,12 +127,17 @@ struct ChunkWeights {
   const T* flipped;         // backward, stride 1: the same with rows and columns reversed
 };
 
+// Of `planes` planes from `plane` on, [planes][k * k][16]; `flipped` may be null.
 template <class E>
-inline void pack_depthwise(const CandidatePlan<E>& c, int64_t plane, Compute<E>* out, Compute<E>* flipped) {
-  const int64_t taps = c.kernel * c.kernel;
-  pack_plane(c.weights->depthwise, c.width, plane, taps, taps, out);
-  if (!flipped) return;
-  for (int64_t i = 0; i < taps; ++i) store(flipped + i * kLanes, load(out + (taps - 1 - i) * kLanes));
+inline void pack_depthwise(const CandidatePlan<E>& c, int64_t plane, int64_t planes, Compute<E>* out,
+                           Compute<E>* flipped) {
+  const int64_t taps = c.kernel * c.kernel, size = taps * kLanes;
+  for (int64_t v = 0; v < planes; ++v) {
+    pack_plane(c.weights->depthwise, c.width, plane + v, taps, taps, out + v * size);
+    if (!flipped) continue;
+    for (int64_t i = 0; i < taps; ++i)
+      store(flipped + v * size + i * kLanes, load(out + v * size + (taps - 1 - i) * kLanes));
+  }
 }
 
 // a1 of input rows [r0, r1) of image n into the ring.

@@ -84,6 +84,22 @@ TFNAS_INLINE void paired_sums(const E* first, const T* second, const T* shift, i
   for (int i = 0; i < 8; ++i) b[i] += out[i];
 }
 
+// sum += value - shift and squares += (value - shift)^2 for value(0) .. value(pixels - 1), eight at a time:
+// sums of sums round less than one long one.
+template <class V, class F>
+TFNAS_INLINE void add_centred(int64_t pixels, V shift, V& sum, V& squares, F&& value) {
+  for (int64_t m0 = 0; m0 < pixels; m0 += 8) {
+    V block_sum{}, block_squares{};
+    for (int64_t m = m0; m < minimum(m0 + 8, pixels); ++m) {
+      const V centred = sub(value(m), shift);
+      block_sum = add(block_sum, centred);
+      block_squares = fma(centred, centred, block_squares);
+    }
+    sum = add(sum, block_sum);
+    squares = add(squares, block_squares);
+  }
+}
+
 // Per-channel sums of `values` and of their squares. They are made about the mean of the `before` pixels
 // summed so far, or of these, so that neither a large mean nor an odd pixel costs digits.
 template <class E>
@@ -103,16 +119,7 @@ TFNAS_INLINE void add_moments(const E* values, int64_t stride, int64_t pixels, i
     }
     const H shift = load_half(shifts);
     H s = splat_half(T(0)), q = s;
-    for (int64_t m0 = 0; m0 < pixels; m0 += 8) {
-      H block_sum = splat_half(T(0)), block_squares = block_sum;
-      for (int64_t m = m0; m < minimum(m0 + 8, pixels); ++m) {
-        const H centred = sub(load_half(values + m * stride + c), shift);
-        block_sum = add(block_sum, centred);
-        block_squares = fma(centred, centred, block_squares);
-      }
-      s = add(s, block_sum);
-      q = add(q, block_squares);
-    }
+    add_centred(pixels, shift, s, q, [&](int64_t m) { return load_half(values + m * stride + c); });
     store(ss, s);
     store(qq, q);
     for (int i = 0; i < 8; ++i) {
