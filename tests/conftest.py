@@ -6,6 +6,10 @@ import os
 
 import pytest
 
+# as the commands do (`tfnas.cli`): tests that share their cores with other programs must not wait spinning
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("TFNAS_SLOW") == "1":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -114,3 +115,17 @@ def test_scale_takes_a_bare_flag(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out)["binding"] == "maximum"
     assert main([*arguments, "0.001", "--json"]) == 2
     assert "out of reach" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("user", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_wait_briefly_unless_the_user_says_otherwise(user: dict[str, str], tmp_path: Path) -> None:
+    """Set before torch loads OpenMP, which reads it once."""
+    script = (
+        "import os, sys; import tfnas.cli as cli; assert 'torch' not in sys.modules; cli.main(['info', '--json']);"
+        "print({k: v for k, v in os.environ.items() if k in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}, file=sys.stderr)"
+    )
+    kept = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=kept | user, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr.strip().splitlines()[-1] == str(user or {"GOMP_SPINCOUNT": "10000"}), done.stderr

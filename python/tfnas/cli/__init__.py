@@ -75,6 +75,7 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     A module of this package has either `run(arguments) -> int` or a function of the command's name, whose parameters
     become options.
     """
+    _wait_briefly()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller (`>&-`)
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -112,6 +113,16 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
         what = "not enough memory: " if is_out_of_memory(error) else ""
         print(f"tfnas {command}: error: {what}{text}", file=sys.stderr)
         return FAILED if failed else BAD_INPUT
+
+
+def _wait_briefly() -> None:
+    """Let OpenMP's waiting threads sleep soon; works before torch loads OpenMP, and a user's own setting stays.
+
+    By default they spin for milliseconds. Where other programs use the cores, that keeps the thread waited for from
+    running: a search took two to seven times as long. On an idle machine the shorter wait costs nothing measurable.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _drop_output() -> None:
