@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one command: build, tests on the device, memory and race checks, timings.
-# Needs a GPU, nvcc and torch >= 2.10 with its test dependencies; no network. Within ten minutes on one H100.
+# Needs a GPU, nvcc, torch >= 2.10, ninja, pytest and what the search imports but jsonargparse; no network. Within ten
+# minutes on one H100.
 #
 #     benchmarks/gpu_check.sh [--dry-run]
 #
@@ -31,23 +32,24 @@ else
 fi
 out=$results/$(date +%Y-%m-%d)
 
-run 210 "the native module compiles for this GPU" env TFNAS_CUDA=1 "$python" setup.py build_ext --inplace
+run 180 "the native module compiles for this GPU" env TFNAS_CUDA=1 "$python" setup.py build_ext --inplace
 [ ${#failed[@]} -eq 0 ] || { echo "nothing else can run"; exit 1; }
-run 20 "what can run here" "$python" -m tfnas info
+run 20 "what can run here" "$python" -c \
+  'import tfnas_ext; print(tfnas_ext.build_info(), *tfnas_ext.backend_report(), sep="\n")'
 run 90 "engine, captured steps, sampler, timers and data on the device; fp64, fp32, tf32, bf16" "$python" -m pytest -q \
   tests/test_engine_gpu.py tests/test_sampling.py tests/test_timing_cuda.py tests/test_data_cuda.py
 if command -v compute-sanitizer > /dev/null || [ -n "$dry" ]; then
   for tool in memcheck racecheck synccheck; do
-    run 40 "$tool finds nothing" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    run 45 "$tool finds nothing" compute-sanitizer --tool "$tool" --kernel-regex kns=tfnas --error-exitcode 1 \
       "$python" -m pytest -q -x tests/test_engine_gpu.py -k "fp32-0 or tf32-0 or bf16-0"
   done
 else
   echo "compute-sanitizer is not on PATH: memory and race checks were left out"
   failed+=("compute-sanitizer")
 fi
-run 60 "steps against plain PyTorch; launches, waits, memory; another timer" \
+run 90 "steps against plain PyTorch; launches, waits, memory; another timer" \
   "$python" benchmarks/gpu_step.py --samples 10 --json "$out-step.json"
-run 60 "each kernel against the bytes that it must move" \
+run 50 "each kernel against the bytes that it must move" \
   "$python" benchmarks/gpu_kernels.py --samples 5 --json "$out-kernels.json"
 run 30 "images per second of the data layer" \
   "$python" benchmarks/data_loading.py --device cuda --workers 0 --seconds 2 --output "$out-data.json"

@@ -4,8 +4,9 @@
 
 Every searchable layer of the space at its start widths, as the architecture step runs it (all candidates) and as a
 weight step does (the last candidate, with weight gradients). A kernel's floor is what it must read and write once, by
-the sizes of the tensors; its time is the device's own (torch.profiler), the median over samples. Printed for each
-kernel, summed over layers: time, bytes, GB/s, and the share of the bandwidth of a copy measured in the same process.
+the sizes of the tensors; its time is the device's own (torch.profiler), the median over samples after one call that
+warms up. Printed for each kernel, summed over layers: time, bytes, GB/s, and the share of the bandwidth of a copy
+measured in the same process.
 """
 
 from __future__ import annotations
@@ -80,15 +81,18 @@ def layer_bytes(engine: CudaEngine, index: int, x: Tensor, out: Tensor, widths: 
 
 
 def kernel_times_us(call: Callable[[], object], samples: int) -> dict[str, float]:
-    """Device microseconds of each kernel of `call`, medians."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for _ in range(samples):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    """Device microseconds of each kernel in one `call`: the median of its launches times their number.
+
+    One profile of all samples, since starting and reading one takes longer than the calls.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(samples):
             call()
-            torch.cuda.synchronize()
-        for event in profile.key_averages():
-            found[event.key].append(event.device_time_total)
-    return {name: statistics.median(values) for name, values in found.items()}
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in profile.events():
+        found[event.name].append(event.time_range.elapsed_us())
+    return {name: statistics.median(times) * len(times) / samples for name, times in found.items()}
 
 
 def copy_bytes_per_s() -> float:
@@ -123,6 +127,7 @@ def measure_layers(engine: CudaEngine, images: Tensor, mixture: bool, samples: i
             torch.ops.tfnas._layer_forward(x, *arguments)
             torch.ops.tfnas._layer_backward(x, dout, saved, *arguments, True, grads)
 
+        both()
         widths = engine._widths[index] if mixture else engine._widths[index][-1:]
         sizes = layer_bytes(engine, index, x, out, widths)
         for kernel, microseconds in kernel_times_us(both, samples).items():

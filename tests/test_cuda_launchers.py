@@ -196,6 +196,47 @@ def test_bad_arguments_of_a_layers_backward(emulated: str) -> None:
     torch.ops.tfnas._layer_backward(x, good["dout"], saved, *rest, True, grads)
 
 
+def moved_by_one(tensor: Tensor) -> Tensor:
+    """The same tensor at an address that is a multiple of its element's size only."""
+    place = tensor.new_empty(tensor.numel() + 1)[1:]
+    return place.as_strided(tensor.shape, tensor.stride(), place.storage_offset()).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_may_begin_anywhere(emulated: str, dtype: torch.dtype) -> None:
+    call = layer_call()
+    weights = [torch.randn(17, 4), torch.randn(297), torch.randn(17, 8), *call["weights"][3:]]
+    call |= {"x": call["x"].to(dtype), "weights": weights}
+    grads = [torch.zeros(16 * 4), torch.zeros(16 * 25), torch.zeros(16 * 8)]
+    grads += [torch.zeros_like(weight) for weight in weights[3:]]
+    results = []
+    for move in (Tensor.clone, moved_by_one):
+        here = call | {"x": move(call["x"]), "weights": [move(weight) for weight in weights]}
+        out, saved = torch.ops.tfnas._layer_forward(*here.values())
+        x, *rest = here.values()
+        dx, _ = torch.ops.tfnas._layer_backward(x, move(torch.ones_like(out)), saved, *rest, True, grads)
+        active = [grads[0][: 8 * 4], grads[1].view(16, 25)[:8, :9], grads[2][: 8 * 8], *grads[3:]]
+        results.append([out, dx, *(grad.clone() for grad in active)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_weight_gradients_alone_of_a_layer_without_expansion(emulated: str) -> None:
+    layer = FixedLayer(6, 3, 2, "swish", False, 1e-5, torch.device("cpu"))
+    shapes = [(6, 1, 3, 3), (2, 6, 1, 1), (2,), (6, 2, 1, 1), (6,), (5, 6, 1, 1)]
+    packed = layer.pack(tuple(torch.randn(shape) for shape in shapes))
+    x = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last)
+    out, saved = torch.ops.tfnas._layer_forward(x, *layer.arguments(packed))
+    found = []
+    for need_dx in (True, False):
+        grads = [torch.zeros(size) for size in (0, 8 * 9, 8 * 5, *(weight.numel() for weight in packed[3:]))]
+        arguments = (x, torch.sin(out), saved, *layer.arguments(packed), need_dx, grads)
+        dx, _ = torch.ops.tfnas._layer_backward(*arguments)
+        assert dx.numel() == (x.numel() if need_dx else 0)
+        found.append([grads[1][: 6 * 9], grads[2][: 6 * 5], *grads[3:]])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(grad.any() for grad in found[0])
+
+
 def test_bad_arguments_around_the_layers(emulated: str) -> None:
     ops, like = torch.ops.tfnas, torch.ones(3)
     with pytest.raises(ValueError, match=r"segments must be a contiguous int64 \[n, 9\], got \[1, 8\]"):
@@ -222,6 +263,7 @@ def test_bad_arguments_around_the_layers(emulated: str) -> None:
     outs = [torch.ones(2, 3), torch.ones(2, 3)]
     for call, error, message in (
         (lambda: ops._sink([], torch.ones(2)), ValueError, "outs must be 1 to 16 tensors, got 0"),
+        (lambda: ops._sink([outs[0][:0]], torch.ones(1)), ValueError, r"outs must not be empty, got \[0, 3\]"),
         (lambda: ops._sink([outs[0], torch.ones(3, 2)], torch.ones(2)), ValueError, "outs must be alike"),
         (lambda: ops._sink(outs, torch.ones(1)), ValueError, "v must hold at least 2 elements, got 1"),
         (lambda: ops._sink(outs, torch.ones(2).double()), TypeError, "v must be Float, got Double"),

@@ -110,6 +110,25 @@ def test_choices_are_not_read_on_the_host(emulated: str) -> None:
     assert torch.equal(*outs)
 
 
+def test_a_tape_keeps_its_choices(emulated: str) -> None:
+    """Another forward between a forward and its backward changes neither the gradients nor the step."""
+    found = []
+    for other in (False, True):
+        case = Case(small_body("sink"), emulated, 6, (2, 5, 5))
+        choices = torch.tensor([[0] * 4, [1] * 4])
+        outs, tape = case.engine.forward_paths(case.x, choices, case.v, True)
+        if other:
+            case.engine.forward_paths(case.x, 1 - choices, case.v, True)
+        case.engine.backward_paths(tape, [torch.sin(out) for out in outs], True)
+        rows = case.engine.read_gradients()
+        case.engine.clip_and_sgd_(0.1, 0.9, 1e-3, 2.0, [])
+        found.append((rows, [weight for layer in case.layers for weight in layer.weights()]))
+    (rows, weights), (rows_after, weights_after) = found
+    assert [row[:3] for row in rows] == [row[:3] for row in rows_after]
+    assert all(torch.equal(a[3], b[3]) for a, b in zip(rows, rows_after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, weights_after, strict=True))
+
+
 def test_refusals() -> None:
     case = Case(small_body("sink"), "reference", 0)
     assert "not on a CUDA device" in str(refusal(case.spec, case.layers))
@@ -123,6 +142,7 @@ def test_refusals() -> None:
     [
         ({"x": torch.zeros(2, 5, 4, 4, dtype=torch.float64)}, "x must be"),
         ({"choices": torch.zeros(3, 4, dtype=torch.int64)}, "choices must be"),
+        ({"choices": torch.full((2, 4), float("nan"))}, "choices must be int64, not torch.float32"),
         ({"v": None}, "v must be"),
         ({"x": torch.zeros(0, 4, 4, 4, dtype=torch.float64)}, "non-empty"),
     ],
@@ -130,7 +150,7 @@ def test_refusals() -> None:
 def test_bad_arguments(emulated: str, change: dict[str, torch.Tensor | None], message: str) -> None:
     case = Case(small_body("sink"), emulated, 0, (2, 5, 5))
     arguments = {"x": case.x, "choices": case.choices, "v": case.v} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         case.engine.forward_paths(arguments["x"], arguments["choices"], arguments["v"], False)
     with pytest.raises(ValueError, match=r"widths: layer 0"):
         case.engine.set_widths([[0] * len(layer.candidates) for layer in case.spec.layers])

@@ -157,12 +157,14 @@ def test_replays_never_wait_for_the_device() -> None:
     steps.begin(0, 0.1, 5.0, "random")
     data = [(images.float().cuda(), labels.cuda()) for images, labels in batches(6)]
     figures: Figures[int] = Figures()
-    for step, batch in enumerate(data):
-        if step == 2:  # both graphs are there
-            torch.cuda.set_sync_debug_mode("error")
-        figures.add(step, steps.weight(*batch))
-        figures.add(step, steps.architecture(*batch))
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        for step, batch in enumerate(data):
+            if step == 2:  # both graphs are there
+                torch.cuda.set_sync_debug_mode("error")
+            figures.add(step, steps.weight(*batch))
+            figures.add(step, steps.architecture(*batch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     figures.send()
     rows = figures.take(wait=True)
     assert [step for step, _ in rows] == [step for step in range(6) for _ in range(2)]

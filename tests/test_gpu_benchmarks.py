@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +80,38 @@ def test_every_floor_is_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.floor_of("void tfnas::cuda::finish_stats<float>(float*)") is None
     sizes = kernels.LayerBytes(x=1, out=10, wide_in=100, wide_out=1000, y3=10000, parts=100000)
     assert kernels.FLOORS["depthwise_backward"](sizes) == 2101
+
+
+def test_kernel_times_are_medians_of_one_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Profile:
+        def __init__(self, activities: list[object]) -> None:
+            pass
+
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def events(self) -> list[SimpleNamespace]:
+            def event(name: str, us: float) -> SimpleNamespace:
+                return SimpleNamespace(name=name, time_range=SimpleNamespace(elapsed_us=lambda: us))
+
+            return [event("once", us) for us in (3, 90, 5)] + [event("twice", us) for us in (1, 2, 2, 2, 9, 1)]
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls: list[int] = []
+    kernels = benchmark("gpu_kernels", monkeypatch)
+    assert kernels.kernel_times_us(lambda: calls.append(1), 3) == {"once": 5, "twice": 4}
+    assert len(calls) == 3
+
+
+def test_profiled_events_have_names_and_times() -> None:
+    """What `kernel_times_us` reads of an event, from a profile of the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(3).sum()
+    assert any(event.name == "aten::sum" and event.time_range.elapsed_us() > 0 for event in profile.events())
 
 
 def test_benchmarked_steps_compute_losses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tfnas_ext.engine_spec import BodySpec
@@ -35,8 +36,10 @@ def check_inputs(spec: BodySpec, x: Tensor, v: Tensor | None, u: Tensor | None =
 
 
 def check_choices_shape(spec: BodySpec, choices: Tensor) -> None:
-    """ValueError unless `choices` is [P, L] with one or two paths."""
+    """ValueError unless `choices` is [P, L] with one or two paths, TypeError unless it holds integers."""
     count = len(spec.layers)
+    if choices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"choices must be int64, not {choices.dtype}")
     if choices.dim() != 2 or not 1 <= choices.shape[0] <= 2 or choices.shape[1] != count:
         raise ValueError(f"choices must be [P, L] with P = 1 or 2, L = {count}, not {list(choices.shape)}")
 

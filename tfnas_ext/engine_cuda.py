@@ -26,6 +26,7 @@ class _LayerTape(NamedTuple):
 
 class _PathsTape(NamedTuple):
     paths: list[list[_LayerTape]]
+    choices: Tensor  # int32 [P, L], the tape's own: the next forward draws others
     v: Tensor
 
 
@@ -63,19 +64,18 @@ class CudaEngine:
     ) -> tuple[list[Tensor], _PathsTape | None]:
         x, depth = self._check(x, v)
         check_choices_shape(self.spec, choices)
-        self._choices[: choices.shape[0]].copy_(choices.clamp(min=0).minimum(self._last_candidate), non_blocking=True)
-        paths = [
-            self._forward(x, depth, [self._choices[p, index : index + 1] for index in range(len(self.layers))], None)
-            for p in range(choices.shape[0])
-        ]
+        given = choices.to(x.device, non_blocking=True)
+        known = given.clamp(min=0).minimum(self._last_candidate).to(torch.int32)
+        paths = [self._forward(x, depth, row, None) for row in known]
         outs = [out for out, _ in paths]
-        return outs, _PathsTape([tape for _, tape in paths], depth) if with_tape else None
+        return outs, _PathsTape([tape for _, tape in paths], known, depth) if with_tape else None
 
     def backward_paths(self, tape: _PathsTape, douts: list[Tensor], need_dx: bool) -> Tensor | None:
         total = None
         for p, (layers, dout) in enumerate(zip(tape.paths, douts, strict=True)):
-            dx, _, _ = self._backward(layers, tape.v, dout, None, need_dx, p)
+            dx, _, _ = self._backward(layers, tape.v, dout, tape.choices[p], None, need_dx, self._gradients[p])
             total = dx if total is None or dx is None else total + dx
+        self._choices[: len(tape.paths)].copy_(tape.choices)  # where clipping and SGD look for them
         self._paths = len(tape.paths)
         return total
 
@@ -106,7 +106,7 @@ class CudaEngine:
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         weights = tape.u.to(self._weight_dtype)
         rows = [weights[i, : len(layer.candidates)].contiguous() for i, layer in enumerate(self.spec.layers)]
-        dx, du_rows, dv = self._backward(tape.layers, tape.v, dout, rows, need_dx, None)
+        dx, du_rows, dv = self._backward(tape.layers, tape.v, dout, None, rows, need_dx, None)
         du = torch.zeros_like(tape.u)
         for i, row in enumerate(du_rows):
             du[i, : row.numel()] = row
@@ -227,14 +227,14 @@ class CudaEngine:
         )
 
     def _forward(
-        self, x: Tensor, v: Tensor, choices: list[Tensor] | None, u: list[Tensor] | None
+        self, x: Tensor, v: Tensor, choices: Tensor | None, u: list[Tensor] | None
     ) -> tuple[Tensor, list[_LayerTape]]:
         tape: list[_LayerTape] = []
         for s, stage in enumerate(self.spec.stages):
             first = len(tape)
             for _ in stage:
                 index = len(tape)
-                arguments = self._arguments(index, choices[index] if choices else None, u[index] if u else None)
+                arguments = self._arguments(index, _one(choices, index), u[index] if u else None)
                 out, saved = torch.ops.tfnas._layer_forward(x, *arguments)
                 tape.append(_LayerTape(x, saved, out))
                 x = out
@@ -242,9 +242,16 @@ class CudaEngine:
         return x, tape
 
     def _backward(
-        self, tape: list[_LayerTape], v: Tensor, dout: Tensor, u: list[Tensor] | None, need_dx: bool, path: int | None
+        self,
+        tape: list[_LayerTape],
+        v: Tensor,
+        dout: Tensor,
+        choices: Tensor | None,
+        u: list[Tensor] | None,
+        need_dx: bool,
+        gradients: list[list[Tensor]] | None,
     ) -> tuple[Tensor | None, list[Tensor], Tensor]:
-        """dx, du of each layer (mixture), dv (mixture). Weight gradients of `path` go to its buffers."""
+        """dx, du of each layer (mixture), dv (mixture). Weight gradients (of a path) go to `gradients`."""
         du: list[Tensor] = [torch.empty(0)] * len(tape)
         dv = torch.zeros_like(v)
         dx: Tensor | None = None
@@ -261,12 +268,16 @@ class CudaEngine:
                 layer = tape[index]
                 share = depth_weights[depth]
                 grad = dsink * share if dx is None else torch.addcmul(dx, dsink, share)
-                choice = None if path is None else self._choices[path, index : index + 1]
-                arguments = self._arguments(index, choice, None if u is None else u[index])
+                arguments = self._arguments(index, _one(choices, index), None if u is None else u[index])
                 wanted = need_dx or index > 0
-                buffers = [] if path is None else self._gradients[path][index]
+                buffers = [] if gradients is None else gradients[index]
                 dx, du[index] = torch.ops.tfnas._layer_backward(layer.x, grad, layer.saved, *arguments, wanted, buffers)
         return (dx if need_dx else None), du, dv
+
+
+def _one(choices: Tensor | None, index: int) -> Tensor | None:
+    """The choice of one layer, where kernels read it."""
+    return None if choices is None else choices[index : index + 1]
 
 
 def product_math() -> str:

@@ -29,7 +29,7 @@ constexpr auto kDeviceType = c10::DeviceType::CPU;
 #define TFNAS_DEVICE_KEY CUDA
 class DeviceScope {
  public:
-  explicit DeviceScope(c10::Device device) : guard_(device) {}
+  explicit DeviceScope(c10::Device device) : guard_(checked(device)) {}
   cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(); }
   DeviceLimits limits() const {
     return {static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
@@ -39,6 +39,12 @@ class DeviceScope {
   void check_launches() const { C10_CUDA_KERNEL_LAUNCH_CHECK(); }
 
  private:
+  // A call with one tensor on a GPU comes here with the others anywhere.
+  static c10::Device checked(c10::Device device) {
+    TORCH_CHECK_VALUE(device.is_cuda(), "the first tensor must be on a CUDA device, as others are, got ",
+                      device);
+    return device;
+  }
   int attribute(cudaDeviceAttr which) const {
     int value = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, guard_.current_device().index()));

@@ -106,6 +106,8 @@ void clipped_sgd_op(const Tensor& segments, at::TensorList weights, at::TensorLi
       check_tensor(t, name, segments.device(), coefficient.scalar_type());
       TORCH_CHECK_VALUE(t.numel() == 1, name, " must be one number, got ", t.sizes());
     }
+    TORCH_CHECK_VALUE(weights.size() == grads.size(), "weights must be ", grads.size(),
+                      " tensors as grads, got ", weights.size());
     const auto groups =
         dense_groups<A>(grads, weights, momenta, segments.device(), coefficient.scalar_type());
     clipped_sgd(segment_data<A>(segments), count, groups.data(), static_cast<int>(groups.size()),
@@ -180,6 +182,7 @@ SinkOutputs<T> sink_outputs(at::TensorList outs) {
 void check_outputs(at::TensorList outs) {
   TORCH_CHECK_VALUE(!outs.empty() && outs.size() <= kMaxDepth, "outs must be 1 to ", kMaxDepth,
                     " tensors, got ", outs.size());
+  TORCH_CHECK_VALUE(outs[0].numel() > 0, "outs must not be empty, got ", outs[0].sizes());
   for (size_t d = 0; d < outs.size(); d++) {
     TORCH_CHECK_VALUE(outs[d].device() == outs[0].device() &&
                           outs[d].scalar_type() == outs[0].scalar_type() && same_layout(outs[d], outs[0]),

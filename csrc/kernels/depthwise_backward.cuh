@@ -90,7 +90,7 @@ __device__ inline void depthwise_backward_run(const DepthwiseBackwardArgs<T>& a,
   const int oh = a.tile_height / S + R::kExtra, ow = a.tile_width / S + R::kExtra;
   const int ho = a.out_height(), wo = a.out_width();
   const int words = row_words<T, M>(a.channels), groups = words * Operand<T, M>::kPerWord / 4;
-  const bool aligned = a.channels % 4 == 0;
+  const bool aligned = rows_aligned(a.x, a.channels), aligned_rows = rows_aligned(a.expand, a.channels);
   // Row m of the tile -> its pixel of the input, or -1 outside the image.
   auto pixel_of = [&](int m) -> int64_t {
     const int image = image0 + m / plane, y = y0 + m % plane / a.tile_width, x = x0 + m % a.tile_width;
@@ -118,7 +118,7 @@ __device__ inline void depthwise_backward_run(const DepthwiseBackwardArgs<T>& a,
         const int64_t row = chunk.rows.first_row + chunk.first + r;
         put4<T, M>(ws + r * tile.pitch, c,
                    load4(a.expand + (chunk.has(r) ? row * a.channels + c : 0),
-                         chunk.has(r) ? a.channels - c : 0, aligned)
+                         chunk.has(r) ? a.channels - c : 0, aligned_rows)
                        .v);
       }
     }

@@ -116,7 +116,7 @@ __device__ inline void expand_dw_run(const ExpandDwArgs<T>& a, int choice, int q
   const int y1 = at.in_y + tile.in_height < a.height ? at.in_y + tile.in_height : a.height;
   const int x1 = at.in_x + iw < a.width ? at.in_x + iw : a.width;
   const int inner_w = x1 - x0, inner = (y1 - y0) * inner_w, pixels = at.images * inner;
-  const bool aligned = a.channels % 4 == 0;
+  const bool aligned = rows_aligned(a.x, a.channels), aligned_rows = rows_aligned(a.expand, a.channels);
 
   for (int i = tid; i < a.tile_images * plane * kWidePitch; i += kThreads)
     wide[i] = 0;                                     // padding is zero in a1
@@ -145,7 +145,7 @@ __device__ inline void expand_dw_run(const ExpandDwArgs<T>& a, int choice, int q
       for (int i = tid; i < kChunk * groups; i += kThreads) {
         const int r = i / groups, c = i % groups * 4;
         const auto four = load4(rows + (chunk.has(r) ? int64_t{r} * a.channels + c : 0),
-                                chunk.has(r) ? a.channels - c : 0, aligned);
+                                chunk.has(r) ? a.channels - c : 0, aligned_rows);
         put4<T, M>(ws + r * tile.pitch, c, four.v);
       }
     }
@@ -237,9 +237,14 @@ __device__ inline void expand_dw_run(const ExpandDwArgs<T>& a, int choice, int q
   }
 }
 
+// Blocks that share a multiprocessor: two fill each other's waits, but for stride 2 and without tensor cores
+// they would have to spill.
+template <Math M, int S>
+inline constexpr int kExpandBlocks = S == 1 && M != Math::kFma ? 2 : 1;
+
 // grid (tiles, chunk runs), block 32 * WARPS.
 template <class T, Math M, int S, int MT, int WARPS, int RBH, int RBW>
-__global__ void __launch_bounds__(WARPS * 32) expand_dw(ExpandDwArgs<T> a) {
+__global__ void __launch_bounds__(WARPS * 32, kExpandBlocks<M, S>) expand_dw(ExpandDwArgs<T> a) {
   using Word = typename Operand<T, M>::Word;
   TFNAS_DYN_SHARED(Word, shared);
   const int choice = chosen(a.choice);

@@ -25,7 +25,7 @@ DepthwiseBackwardArgs<T> depthwise_backward_args(const LayerArgs<T>& a, const La
   args.batch = a.batch, args.height = a.height, args.width = a.width, args.channels = a.in_channels;
   args.stride = S, args.act = a.act, args.active = size.active, args.taps = size.taps;
   shared_bytes = fit_tile<Tile>(
-      args, a, size, a.height, a.width, 2, 4,
+      args, a, size, a.height, a.width, 2, 4, 1,
       [&](const DepthwiseBackwardArgs<T>& tried) {
         return Tile(tried, size.largest_kernel).shared_bytes(size.largest_kernel);
       },
@@ -63,7 +63,7 @@ struct BackwardScratch {
     const int64_t gates = size.widest_se ? a.batch * active : 0;
     dy3 = arena.take<T>(size.slots * size.out_pixels * outs);
     dh2 = arena.take<T>(size.out_pixels * active);
-    dh1 = arena.take<T>(a.expand ? size.in_pixels * active : 0);
+    dh1 = arena.take<T>(a.expand || !grads.dx ? size.in_pixels * active : 0);  // else it is dx
     output_parts = arena.take<A>(2 * size.slots * out_runs * outs);
     residual_parts = arena.take<A>(out_runs * outs);
     means3 = arena.take<A>(2 * size.slots * outs);
@@ -161,9 +161,9 @@ int64_t layer_backward_strided(const LayerArgs<T>& a, const T* x, const T* dout,
     const SqueezeExciteWeights<A> weights = a.se;
     A *dsqueezed = scratch.dsqueezed, *dpooled = scratch.dpooled;
     const int image_groups = ceil_div(batch, kSeImages), se_blocks = ceil_div(size.widest_se, 32);
-    TFNAS_LAUNCH((se_expand_backward<A>), dim3(se_blocks, slots, image_groups), dim3(32, 8), 0, a.stream,
+    TFNAS_LAUNCH((se_expand_backward<A>), dim3(image_groups, se_blocks, slots), dim3(32, 8), 0, a.stream,
                  state, weights, dsqueezed);
-    TFNAS_LAUNCH((se_reduce_backward<A>), dim3(chunks, image_groups), dim3(32, 8), 0, a.stream, state,
+    TFNAS_LAUNCH((se_reduce_backward<A>), dim3(image_groups, chunks), dim3(32, 8), 0, a.stream, state,
                  weights, dsqueezed, dpooled, map);
     if (grads.weights()) {
       const SqueezeExciteGrads<A> se = grads.se;
@@ -198,7 +198,7 @@ int64_t layer_backward_strided(const LayerArgs<T>& a, const T* x, const T* dout,
   // Depthwise: dh1 (or dx itself, without expansion).
   depthwise.x = x, depthwise.rstd1 = saved.rstd1, depthwise.shift1 = saved.shift1, depthwise.y2 = saved.y2;
   depthwise.dh2 = scratch.dh2, depthwise.mean2 = mean2, depthwise.rstd2 = rstd2, depthwise.means = means2;
-  depthwise.dh1 = a.expand ? scratch.dh1 : grads.dx, depthwise.partial = scratch.partial1;
+  depthwise.dh1 = a.expand || !grads.dx ? scratch.dh1 : grads.dx, depthwise.partial = scratch.partial1;
   depthwise.filter_parts = grads.weights() ? scratch.filter_parts : nullptr;
   auto* depthwise_kernel = depthwise_backward<T, M, S, kWarps, 2, 4>;
   allow_shared(depthwise_kernel, depthwise_bytes);
@@ -281,10 +281,9 @@ int64_t layer_backward_strided(const LayerArgs<T>& a, const T* x, const T* dout,
   return scratch_arena.bytes();
 }
 
-// Runs the backward from what layer_forward saved. With a null `scratch_base` nothing runs. Returns the bytes
-// of scratch.
 template <class T, Math M>
 bool layer_fits(const LayerArgs<T>& a) {
+  if (a.in_channels > 32 * kFoldColumns) return false;
   const LayerSizes size(a);
   size_t forward, backward;
   if (a.stride == 1) {
@@ -293,8 +292,7 @@ bool layer_fits(const LayerArgs<T>& a) {
     expand_dw_args<T, M, 2>(a, size, forward), depthwise_backward_args<T, M, 2>(a, size, backward);
   }
   const size_t room = a.device.shared_bytes;
-  return forward > 0 && backward > 0 && a.in_channels <= 32 * kFoldColumns &&
-         fold_shared_elements(a.in_channels) * sizeof(Acc<T>) <= room &&
+  return forward > 0 && backward > 0 && fold_shared_elements(a.in_channels) * sizeof(Acc<T>) <= room &&
          kInputGradPixels * a.in_channels * sizeof(Acc<T>) <= room &&
          ProjectBackwardTile<T, M, 4>(a.out_channels).shared_bytes() <= room;
 }

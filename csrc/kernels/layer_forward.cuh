@@ -57,6 +57,7 @@ ExpandDwArgs<T> expand_dw_args(const LayerArgs<T>& a, const LayerSizes& size, si
   args.stride = S, args.act = a.act, args.active = size.active;
   shared_bytes = fit_tile<Tile>(
       args, a, size, size.out_height, size.out_width, Shape::kRegisterRows, Shape::kRegisterColumns,
+      kExpandBlocks<M, S>,
       [&](const ExpandDwArgs<T>& tried) {
         return Tile(tried, size.largest_kernel).shared_bytes(tried.tile_images, size.largest_kernel);
       },
@@ -69,8 +70,6 @@ ExpandDwArgs<T> expand_dw_args(const LayerArgs<T>& a, const LayerSizes& size, si
   return args;
 }
 
-// Bytes of shared memory that the wide kernels need at least; more than the card has means that it cannot run
-// them.
 template <class T, Math M, int S>
 int64_t layer_forward_strided(const LayerArgs<T>& a, const T* x, T* out, void* saved_base,
                               void* scratch_base) {
@@ -133,11 +132,11 @@ int64_t layer_forward_strided(const LayerArgs<T>& a, const T* x, T* out, void* s
     const SqueezeExciteWeights<A> weights = a.se;
     const T* y2 = saved.y2;
     A *pooled = saved.pooled, *squeezed = saved.squeezed, *gate = saved.gate;
-    TFNAS_LAUNCH((se_pool<T>), dim3(size.chunks, batch), dim3(32, 8), 0, a.stream, y2, mean2, rstd2, pooled,
+    TFNAS_LAUNCH((se_pool<T>), dim3(batch, size.chunks), dim3(32, 8), 0, a.stream, y2, mean2, rstd2, pooled,
                  table, choice, batch, map, active, act);
-    TFNAS_LAUNCH((se_reduce<A>), dim3(ceil_div(size.widest_se, 32), slots, image_groups), dim3(32, 8), 0,
+    TFNAS_LAUNCH((se_reduce<A>), dim3(image_groups, ceil_div(size.widest_se, 32), slots), dim3(32, 8), 0,
                  a.stream, pooled, weights, squeezed, table, choice, batch, active, stride);
-    TFNAS_LAUNCH((se_expand<A>), dim3(size.chunks, image_groups), dim3(32, 8), 0, a.stream, squeezed, weights,
+    TFNAS_LAUNCH((se_expand<A>), dim3(image_groups, size.chunks), dim3(32, 8), 0, a.stream, squeezed, weights,
                  gate, table, choice, batch, active, stride, act);
   }
 

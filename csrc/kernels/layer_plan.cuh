@@ -62,18 +62,20 @@ struct TileChoice {
 };
 
 // The spatial tile of a wide kernel: the one with the least work (products including halo, and padded
-// outputs) among those that leave room for two blocks on a multiprocessor, or for one if none does.
-// `bytes(height, width, images)` and `work(height, width, images)` describe the kernel; sizes step by the
-// register block.
+// outputs) among those that leave room for `blocks` of them on a multiprocessor, or for fewer if none does.
+// `bytes(height, width, images)` and `work(height, width, images)` describe the kernel, which keeps at least
+// 32 channels of every pixel of a tile in shared memory; sizes step by the register block.
 template <class Bytes, class Work>
 TileChoice choose_tile(int map_height, int map_width, int batch, int step_y, int step_x, size_t limit,
-                       Bytes bytes, Work work) {
+                       int blocks, Bytes bytes, Work work) {
   const int most_y = ceil_div(map_height, step_y) * step_y, most_x = ceil_div(map_width, step_x) * step_x;
-  for (const size_t room : {limit / 2, limit}) {
+  constexpr size_t kReserved = 1024;  // of a multiprocessor's shared memory, for every block beside its own
+  for (; blocks >= 1; blocks--) {
+    const size_t room = (limit + kReserved) / blocks - kReserved;
     TileChoice best{0, 0, 0, 0};
     double least = 0;
     for (int y = step_y; y <= most_y; y += step_y) {
-      for (int x = step_x; x <= most_x; x += step_x) {
+      for (int x = step_x; x <= most_x && size_t{4 * kChunk} * y * x <= room; x += step_x) {
         for (int images = 1; images <= batch && (images == 1 || (y == most_y && x == most_x)); images++) {
           if (bytes(y, x, images) > room) break;
           const double cost = work(y, x, images);
@@ -102,7 +104,7 @@ TileChoice remembered_tile(const std::array<int64_t, 7>& sizes, Choose choose) {
 // Returns the shared memory of a block; `Kernel` is a type of the kernel's own.
 template <class Kernel, class T, class Args, class Bytes, class Work>
 size_t fit_tile(Args& args, const LayerArgs<T>& a, const LayerSizes& size, int map_height, int map_width,
-                int step_y, int step_x, Bytes bytes, Work work) {
+                int step_y, int step_x, int blocks, Bytes bytes, Work work) {
   const auto with = [&](int y, int x, int images) {
     Args tried = args;
     tried.tile_height = y, tried.tile_width = x, tried.tile_images = images;
@@ -117,7 +119,7 @@ size_t fit_tile(Args& args, const LayerArgs<T>& a, const LayerSizes& size, int m
                                      static_cast<int64_t>(a.device.shared_bytes)};
   const TileChoice tile = remembered_tile<Kernel>(sizes, [&] {
     return choose_tile(
-        map_height, map_width, a.batch, step_y, step_x, a.device.shared_bytes,
+        map_height, map_width, a.batch, step_y, step_x, a.device.shared_bytes, blocks,
         [&](int y, int x, int images) { return bytes(with(y, x, images)); },
         [&](int y, int x, int images) { return work(with(y, x, images)); });
   });

@@ -18,6 +18,16 @@ __device__ inline float store(__nv_bfloat16* p, float v) {
   return __bfloat162float(*p);
 }
 
+// A group of neighbouring values, in one access.
+template <class Group>
+__device__ inline Group load_group(const void* p) {
+#ifdef TFNAS_EMULATE
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(Group))
+    throw std::logic_error("a group of values is not aligned");
+#endif
+  return *static_cast<const Group*>(p);
+}
+
 // Four neighbouring values; those at and past `valid` are zero. One wide access where `aligned` (16 or 8
 // bytes).
 template <class T>
@@ -25,16 +35,21 @@ struct Four {
   Acc<T> v[4];
 };
 __device__ inline void load_aligned(const float* p, float (&v)[4]) {
-  const float4 f = *reinterpret_cast<const float4*>(p);
+  const float4 f = load_group<float4>(p);
   v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
 }
 __device__ inline void load_aligned(const double* p, double (&v)[4]) {
   for (int i = 0; i < 4; i++) v[i] = p[i];
 }
 __device__ inline void load_aligned(const __nv_bfloat16* p, float (&v)[4]) {
-  const uint2 u = *reinterpret_cast<const uint2*>(p);
+  const uint2 u = load_group<uint2>(p);
   v[0] = __uint_as_float(u.x << 16), v[1] = __uint_as_float(u.x & 0xffff0000u);
   v[2] = __uint_as_float(u.y << 16), v[3] = __uint_as_float(u.y & 0xffff0000u);
+}
+// Whether rows of `columns` values that begin at `first` can be read in aligned groups of four.
+template <class T>
+__device__ inline bool rows_aligned(const T* first, int columns) {
+  return columns % 4 == 0 && reinterpret_cast<uintptr_t>(first) % (4 * sizeof(T)) == 0;
 }
 template <class T>
 __device__ inline Four<T> load4(const T* p, int valid, bool aligned) {

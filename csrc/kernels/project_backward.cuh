@@ -41,7 +41,9 @@ struct ProjectBackwardTile {
   __host__ __device__ explicit ProjectBackwardTile(int columns) : pitch(row_pitch<T, M>(columns)) {}
   __host__ __device__ int weights_at() const { return kPixels * pitch; }
   __host__ __device__ int sums_at() const { return weights_at() + kChunk * pitch; }
-  __host__ __device__ size_t shared_bytes() const { return sizeof(Word) * (sums_at() + WARPS * 2 * kChunk); }
+  __host__ __device__ size_t shared_bytes() const {
+    return sizeof(Word) * (size_t{kPixels + kChunk} * pitch + WARPS * 2 * kChunk);
+  }
 };
 
 // grid (tile groups, chunks) for kWide, (batch, chunks) for kGate; block 32 * WARPS.
@@ -64,16 +66,16 @@ __global__ void __launch_bounds__(WARPS * 32) project_backward(ProjectBackwardAr
   const int words = row_words<T, M>(a.columns), groups = words * Operand<T, M>::kPerWord / 4;
   const int pitch = pitch_of(chunk.rows.width);
   const int64_t map = a.pixels / a.batch;
-  const bool aligned = a.columns % 4 == 0;
+  const bool aligned = rows_aligned(a.dy3, a.columns), aligned_rows = rows_aligned(a.weights, a.columns);
 
 #pragma unroll 1
   for (int i = tid; i < kChunk * groups; i += kThreads) {
     const int r = i / groups, c = i % groups * 4;
     const int64_t row = chunk.rows.first_row + chunk.first + r;
-    put4<T, M>(
-        ws + r * tile.pitch, c,
-        load4(a.weights + (chunk.has(r) ? row * a.columns + c : 0), chunk.has(r) ? a.columns - c : 0, aligned)
-            .v);
+    put4<T, M>(ws + r * tile.pitch, c,
+               load4(a.weights + (chunk.has(r) ? row * a.columns + c : 0), chunk.has(r) ? a.columns - c : 0,
+                     aligned_rows)
+                   .v);
   }
   const int64_t first = MODE == DzMode::kGate ? blockIdx.x * map : int64_t{blockIdx.x} * Tile::kPixels;
   const int64_t end = MODE == DzMode::kGate ? first + map : a.pixels;

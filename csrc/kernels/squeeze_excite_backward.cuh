@@ -25,14 +25,14 @@ struct SqueezeExciteState {
   }
 };
 
-// dsqueezed [batch][squeezed_stride]. grid (ceil(widest se / 32), candidates, images / 8), block (32, 8).
+// dsqueezed [batch][squeezed_stride]. grid (images / 8, ceil(widest se / 32), candidates), block (32, 8).
 template <class A>
 __global__ void __launch_bounds__(256)
     se_expand_backward(SqueezeExciteState<A> s, SqueezeExciteWeights<A> weights, A* dsqueezed) {
   CandidateRows rows{};
   int active_at;
-  if (!find_active(*s.table, chosen(s.choice), blockIdx.y, rows, active_at)) return;
-  const int j = blockIdx.x * 32 + threadIdx.x, image = blockIdx.z * kSeImages + threadIdx.y;
+  if (!find_active(*s.table, chosen(s.choice), blockIdx.z, rows, active_at)) return;
+  const int j = blockIdx.y * 32 + threadIdx.x, image = blockIdx.x * kSeImages + threadIdx.y;
   if (j >= rows.se_channels || image >= s.batch) return;
   const A* w = weights.expand_weight + rows.se_weight_at + j;
   A sum = 0, value, slope;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(256)
   dsqueezed[at] = sum * slope;
 }
 
-// dpooled [batch][active], divided by the pixels of a map. grid (chunks, images / 8), block (32, 8).
+// dpooled [batch][active], divided by the pixels of a map. grid (images / 8, chunks), block (32, 8).
 template <class A>
 __global__ void __launch_bounds__(256)
     se_reduce_backward(SqueezeExciteState<A> s, SqueezeExciteWeights<A> weights, const A* dsqueezed,
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(256)
   TFNAS_SHARED(A, tile, [32][33]);
   TFNAS_SHARED(A, grad, [kSeImages][32]);
   Chunk chunk{};
-  if (!find_chunk(*s.table, chosen(s.choice), blockIdx.x, chunk) || chunk.rows.se_channels == 0) return;
-  const int lane = threadIdx.x, image = blockIdx.y * kSeImages + threadIdx.y, se = chunk.rows.se_channels;
+  if (!find_chunk(*s.table, chosen(s.choice), blockIdx.y, chunk) || chunk.rows.se_channels == 0) return;
+  const int lane = threadIdx.x, image = blockIdx.x * kSeImages + threadIdx.y, se = chunk.rows.se_channels;
   const A* w = weights.reduce_weight + chunk.rows.se_weight_at + int64_t{chunk.first} * se;
   A sum = 0;
   for (int j0 = 0; j0 < se; j0 += 32) {

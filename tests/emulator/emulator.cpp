@@ -68,7 +68,7 @@ struct Machine {
   char begin_order = 0, end_order = 0, block_order = 0,
        warp_order[kMaxThreads / 32] = {};  // only their addresses matter
   uint3 block_index{};
-  dim3 grid, block;
+  dim3 grid, block, largest_grid;
   std::function<void()> body;
   Order order = Order::kForward;
   unsigned seed = 0;
@@ -336,6 +336,8 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
   }
   m.fibers.assign(size_t{block.x} * block.y * block.z, Fiber());
   m.grid = grid;
+  m.largest_grid = {std::max(m.largest_grid.x, grid.x), std::max(m.largest_grid.y, grid.y),
+                    std::max(m.largest_grid.z, grid.z)};
   m.block = block;
   m.body = body;
   // Exactly as large as asked for, so that AddressSanitizer's red zone starts at the first byte past the end.
@@ -364,6 +366,9 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
     }
   }
 }
+
+dim3 largest_grid() { return m.largest_grid; }
+void reset_largest_grid() { m.largest_grid = {}; }
 
 const uint3& thread_index() { return m.current->index; }
 const uint3& block_index() { return m.block_index; }

@@ -61,6 +61,10 @@ constexpr int kMaxSharedBytes = 227 * 1024;      // the most that any supported 
 // or corrupt.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
+// The largest extents of a grid since the last reset: y and z must not grow with what a call's data decide.
+dim3 largest_grid();
+void reset_largest_grid();
+
 // What the running thread sees.
 const uint3& thread_index();
 const uint3& block_index();

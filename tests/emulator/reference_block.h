@@ -32,14 +32,25 @@ inline tfnas::cuda::LayerTable make_table(const std::vector<std::array<int, 3>>&
   return table;
 }
 
-// The operands of the block's 1x1 convolutions: as they are, or rounded as a tf32 product takes them.
+// The operands of the block's 1x1 convolutions: as they are, or rounded as a tf32 product takes them; and
+// what a tensor keeps of a value: all of it, or bf16 as every activation, filter and gradient of a plain bf16
+// block.
 struct Exact {
   template <class C>
   static C operand(C value) {
     return value;
   }
+  template <class C>
+  static C stored(C value) {
+    return value;
+  }
+};
+struct Bf16Tensors {
+  static float operand(float value) { return __bfloat162float(__float2bfloat16(value)); }
+  static float stored(float value) { return operand(value); }
 };
 struct Tf32Operands {
+  static float stored(float value) { return value; }
   static float operand(float value) {
     return __uint_as_float((__float_as_uint(value) + 0x1000u) &
                            0xffffe000u);  // to nearest, halves away from 0
@@ -93,6 +104,7 @@ class ReferenceBlock {
           y1[p] += operand(x[p * shape.in_channels + i]) *
                    operand(expand[int64_t{rows.first_row + c} * shape.in_channels + i]);
         }
+        y1[p] = stored(y1[p]);
         mean += y1[p] / shape.in_pixels();
       }
       for (C v : y1) square += (v - mean) * (v - mean) / shape.in_pixels();
@@ -100,13 +112,14 @@ class ReferenceBlock {
       rstd1[v] = static_cast<C>(1 / std::sqrt(square + eps));
       shift1[v] = -rstd1[v] * static_cast<C>(mean);
       for (int64_t p = 0; p < shape.in_pixels(); p++)
-        h1[wide(k, c, p, shape.in_pixels())] = y1[p] * rstd1[v] + shift1[v];
+        h1[wide(k, c, p, shape.in_pixels())] = stored(y1[p] * rstd1[v] + shift1[v]);
       double sum = 0, squares = 0;
       for_each_output([&](int n, int oy, int ox, int64_t p) {
         C value = 0;
         for_each_tap(rows, n, oy, ox, [&](int tap, int64_t in) {
           value += activate(h1[wide(k, c, in, shape.in_pixels())]) * filter_of(rows, c, tap);
         });
+        value = stored(value);
         y2[wide(k, c, p, shape.out_pixels())] = value;
         sum += value;
         squares += double{value} * value;
@@ -129,7 +142,7 @@ class ReferenceBlock {
         double sum = 0;
         for (int64_t p = n * map; p < (n + 1) * map; p++) {
           const int64_t at = wide(k, c, p, pixels);
-          h2[at] = (y2[at] - mean2[v]) * rstd2[v];
+          h2[at] = stored((y2[at] - mean2[v]) * rstd2[v]);
           sum += activate(h2[at]);
         }
         pooled[n * active + v] = static_cast<C>(sum / map);
@@ -161,13 +174,14 @@ class ReferenceBlock {
     for_each_channel([&](int k, const tfnas::cuda::CandidateRows& rows, int c) {
       for (int64_t p = 0; p < pixels; p++) {
         const int64_t at = wide(k, c, p, pixels);
-        z[at] = activate(h2[at]) * gate[p / map * active + active_at[k] + c];
+        z[at] = stored(activate(h2[at]) * gate[p / map * active + active_at[k] + c]);
         for (int o = 0; o < outs; o++) {
           y3[(k * pixels + p) * outs + o] +=
               operand(z[at]) * operand(project[int64_t{rows.first_row + c} * outs + o]);
         }
       }
     });
+    for (C& value : y3) value = stored(value);
     for (int k = 0; k < slots; k++) {
       for (int o = 0; o < outs; o++) {
         double mean = 0, square = 0;
@@ -180,7 +194,7 @@ class ReferenceBlock {
         rstd3[k * outs + o] = static_cast<C>(1 / std::sqrt(square + eps));
         for (int64_t p = 0; p < pixels; p++) {
           const int64_t at = (k * pixels + p) * outs + o;
-          h3[at] = (y3[at] - mean3[k * outs + o]) * rstd3[k * outs + o];
+          h3[at] = stored((y3[at] - mean3[k * outs + o]) * rstd3[k * outs + o]);
           out[p * outs + o] += u[k] * h3[at];
         }
       }
@@ -210,8 +224,8 @@ class ReferenceBlock {
         }
         const C mean = static_cast<C>(mean_sum / pixels), product = static_cast<C>(product_sum / pixels);
         for (int64_t p = 0; p < pixels; p++) {
-          dy3[p * outs + o] = rstd3[k * outs + o] * (u[k] * number(dout[p * outs + o]) - mean -
-                                                     h3[(k * pixels + p) * outs + o] * product);
+          dy3[p * outs + o] = stored(rstd3[k * outs + o] * (u[k] * number(dout[p * outs + o]) - mean -
+                                                            h3[(k * pixels + p) * outs + o] * product));
           if (residual) dx[p * ins + o] += u[k] * number(dout[p * outs + o]);
         }
       }
@@ -226,6 +240,7 @@ class ReferenceBlock {
                 operand(dy3[p * outs + o]) * operand(project[int64_t{rows.first_row + c} * outs + o]);
             dproject[(active_at[k] + c) * outs + o] += operand(z[at]) * operand(dy3[p * outs + o]);
           }
+          dz[p * rows.width + c] = stored(dz[p * rows.width + c]);
           dgate[p / map * rows.width + c] += dz[p * rows.width + c] * activate(h2[at]);
         }
       }
@@ -256,14 +271,14 @@ class ReferenceBlock {
           const int64_t at = wide(k, c, p, pixels);
           const int64_t n = p / map;
           const C s = se ? gate[n * active + v] : C(1);
-          dh2[at] = (dz[p * rows.width + c] * s + dpooled[n * rows.width + c] / map) * slope(h2[at]);
+          dh2[at] = stored((dz[p * rows.width + c] * s + dpooled[n * rows.width + c] / map) * slope(h2[at]));
           mean += dh2[at], product += dh2[at] * h2[at];
         }
         means2[v] = static_cast<C>(mean / pixels), means2[active + v] = static_cast<C>(product / pixels);
         std::vector<C> da1(in_pixels);
         for_each_output([&](int n, int oy, int ox, int64_t p) {
           const int64_t at = wide(k, c, p, pixels);
-          const C dy2 = rstd2[v] * (dh2[at] - means2[v] - h2[at] * means2[active + v]);
+          const C dy2 = stored(rstd2[v] * (dh2[at] - means2[v] - h2[at] * means2[active + v]));
           for_each_tap(rows, n, oy, ox, [&](int tap, int64_t in) {
             da1[in] += filter_of(rows, c, tap) * dy2;
             dfilter[v * 49 + tap] += activate(h1[wide(k, c, in, in_pixels)]) * dy2;
@@ -272,7 +287,7 @@ class ReferenceBlock {
         mean = product = 0;
         for (int64_t p = 0; p < in_pixels; p++) {
           const int64_t at = wide(k, c, p, in_pixels);
-          dh1[at] = da1[p] * slope(h1[at]);
+          dh1[at] = stored(stored(da1[p]) * slope(h1[at]));
           mean += dh1[at], product += dh1[at] * h1[at];
         }
         means1[v] = static_cast<C>(mean / in_pixels),
@@ -287,6 +302,7 @@ class ReferenceBlock {
         }
       }
     }
+    for (C& value : dx) value = stored(value);
   }
 
   template <class V>
@@ -297,14 +313,15 @@ class ReferenceBlock {
   static C operand(V value) {
     return Product::operand(number(value));
   }
-  C activate(C h) const { return tfnas::cuda::activate(shape.act, h); }
+  static C stored(C value) { return Product::stored(value); }
+  C activate(C h) const { return stored(tfnas::cuda::activate(shape.act, h)); }
   C slope(C h) const {
     C value, s;
     tfnas::cuda::activate_with_slope(shape.act, h, value, s);
     return s;
   }
   C filter_of(const tfnas::cuda::CandidateRows& rows, int c, int tap) const {
-    return number(depthwise[rows.depthwise_at + c * rows.kernel_size * rows.kernel_size + tap]);
+    return stored(number(depthwise[rows.depthwise_at + c * rows.kernel_size * rows.kernel_size + tap]));
   }
   // Index of channel c of the k-th active candidate at pixel p.
   int64_t wide(int k, int c, int64_t p, int64_t pixels) const {

@@ -106,9 +106,9 @@ void check(const char* name, const Shape& shape, const LayerTable& table, int ch
   A *dsqueezed_data = dsqueezed.data(), *dpooled_data = dpooled.data();
   const A* dsqueezed_in = dsqueezed_data;
   const int image_groups = ceil_div(batch, kSeImages), se_blocks = ceil_div(widest_se, 32);
-  TFNAS_LAUNCH((se_expand_backward<A>), dim3(se_blocks, slots, image_groups), dim3(32, 8), 0, 0, state,
+  TFNAS_LAUNCH((se_expand_backward<A>), dim3(image_groups, se_blocks, slots), dim3(32, 8), 0, 0, state,
                se_weights, dsqueezed_data);
-  TFNAS_LAUNCH((se_reduce_backward<A>), dim3(chunks, image_groups), dim3(32, 8), 0, 0, state, se_weights,
+  TFNAS_LAUNCH((se_reduce_backward<A>), dim3(image_groups, chunks), dim3(32, 8), 0, 0, state, se_weights,
                dsqueezed_in, dpooled_data, map);
   TFNAS_LAUNCH((se_weight_grad<A>), dim3(chunks, se_blocks), dim3(32, 8), 0, 0, state, dsqueezed_in,
                se_grads);

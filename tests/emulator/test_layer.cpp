@@ -1,7 +1,6 @@
 // A layer's whole sequence of launches, as a GPU runs it, against the textbook forward and backward in
 // float64.
-#include "layer_backward.cuh"
-#include "reference_layer.h"
+#include "layer_run.h"
 
 using namespace emulator_check;
 using namespace tfnas::cuda;
@@ -83,9 +82,30 @@ void check(const char* name, const Shape& shape, const LayerTable& table, int ch
   expect_close("du without weight gradients", du_alone, du, 0);
 }
 
+// A grid may be 65535 blocks high and deep: what a call's batch decides must lie along x.
+void check_grids_of_large_batches() {
+  const LayerTable table = make_table({{3, 9, 4}, {5, 4, 0}});
+  dim3 largest[2];
+  for (int i = 0; i < 2; i++) {
+    const int choice = -1;
+    const ReferenceBlock<float> block({i == 0 ? 3 : 70, 2, 2, 3, 5, 1, kSwish}, table, choice, 5);
+    const std::vector<float> dout(block.shape.out_pixels() * block.shape.out_channels, 0.1f);
+    LayerRun<float, Math::kTf32> run(block, table, choice, false, dout);
+    emulator::reset_largest_grid();
+    run.forward();
+    run.backward(true);
+    largest[i] = emulator::largest_grid();
+  }
+  const bool good = largest[0].y == largest[1].y && largest[0].z == largest[1].z;
+  failures += !good;
+  std::printf("grids of batch 3 and 70: y %u and %u, z %u and %u%s\n", largest[0].y, largest[1].y,
+              largest[0].z, largest[1].z, good ? "" : "  FAIL");
+}
+
 }  // namespace
 
 int main() {
+  check_grids_of_large_batches();
   const LayerTable mixed = make_table({{3, 33, 0}, {5, 1, 3}, {5, 40, 35}, {3, 9, 0}});
   return run_in_all_orders([&] {
     check<double, Math::kFma>("fp64, mixture", {2, 5, 7, 7, 7, 1, kSwish}, mixed, -1, true, 1e-12);

@@ -41,12 +41,12 @@ void check(const char* name, const Shape& shape, const tfnas::cuda::LayerTable& 
   const T* y2_data = y2.data();
   const A *mean2_data = mean2.data(), *rstd2_data = rstd2.data();
   A *pooled_data = pooled.data(), *squeezed_data = squeezed.data(), *gate_data = gate.data();
-  TFNAS_LAUNCH((tfnas::cuda::se_pool<T>), dim3(chunks, batch), dim3(32, 8), 0, 0, y2_data, mean2_data,
+  TFNAS_LAUNCH((tfnas::cuda::se_pool<T>), dim3(batch, chunks), dim3(32, 8), 0, 0, y2_data, mean2_data,
                rstd2_data, pooled_data, layer, chosen, batch, map, active, act);
   const int image_groups = tfnas::cuda::ceil_div(batch, tfnas::cuda::kSeImages);
-  TFNAS_LAUNCH((tfnas::cuda::se_reduce<A>), dim3(tfnas::cuda::ceil_div(widest_se, 32), slots, image_groups),
+  TFNAS_LAUNCH((tfnas::cuda::se_reduce<A>), dim3(image_groups, tfnas::cuda::ceil_div(widest_se, 32), slots),
                dim3(32, 8), 0, 0, pooled_data, weights, squeezed_data, layer, chosen, batch, active, stride);
-  TFNAS_LAUNCH((tfnas::cuda::se_expand<A>), dim3(chunks + 1, image_groups), dim3(32, 8), 0, 0, squeezed_data,
+  TFNAS_LAUNCH((tfnas::cuda::se_expand<A>), dim3(image_groups, chunks + 1), dim3(32, 8), 0, 0, squeezed_data,
                weights, gate_data, layer, chosen, batch, active, stride, act);
   expect_close("gates", gate, block.gate, tolerance);
 
