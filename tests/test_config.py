@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,13 +142,18 @@ def test_bad_arguments(arguments: list[str], parts: list[str]) -> None:
         ("weights: {lr: " + "9" * 400 + "}", ["too large"]),
         ("epochs: " + "9" * 5000, ["not valid YAML"]),
         ("weights: 3\n", ["weights"]),
+        ("weights: {lr: .nan}\n", ["weights.lr must be between"]),
+        ("", ["holds no keys"]),
+        ("# epochs: 3\n", ["holds no keys"]),
         ("space: !!python/object/apply:os.system [true]\n", ["not valid YAML"]),
     ],
 )
 def test_bad_files(text: str, parts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    for read in (lambda: load_config(path), lambda: parse_search_arguments(["--config", str(path)])):
+    options = [["--config", str(path)], [f"--config={path}", "--print_config"]]
+    reads = [partial(load_config, path), *(partial(parse_search_arguments, arguments) for arguments in options)]
+    for read in reads:
         with pytest.raises(ConfigError) as error:
             read()
         for part in parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import random
@@ -11,37 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damaged import damage
 from tfnas.architecture import architecture_to_dict, load_architecture, save_architecture
 from tfnas.config_io import SEARCH, config_to_dict
 from tfnas.published_config import from_published_config, to_published_config
 from tfnas.space_io import load_space, space_from_dict, space_to_dict
 from tfnas.train_config import TRAIN
-
-JUNK: list[Any] = [
-    *(None, True, -1, 0, 1, 2, 7, 10**30, 10**400, 0.5, -0.0, float("inf"), float("nan"), 1e300),
-    *("", "relu", "k3_e3", "imagenet", "\x00", [], [[]], [1], {}, {"name": 1}, {"": {}}),
-]
-
-
-def _damage(rng: random.Random, data: Any) -> Any:
-    """A copy of nested dicts and lists with one entry replaced, removed, renamed or doubled."""
-    data = copy.deepcopy(data)
-    nodes = [data]
-    for node in nodes:
-        children = node.values() if isinstance(node, dict) else node
-        nodes.extend(child for child in children if isinstance(child, dict | list) and child)
-    node = rng.choice(nodes)
-    key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
-    action = rng.choice(["replace", "replace", "replace", "remove", "rename", "double"])
-    if action == "replace":
-        node[key] = rng.choice(JUNK)
-    elif action == "remove":
-        del node[key]
-    elif isinstance(node, list):
-        node.append(copy.deepcopy(node[key]))
-    else:
-        node[f"{key}x" if action == "rename" else rng.choice(["", "x", "stage9", "base"])] = node.pop(key)
-    return data
 
 
 def _architecture_file(folder: Path) -> tuple[Any, Callable[[Any], object]]:
@@ -83,7 +57,7 @@ def test_damage_is_valid_or_a_value_error(kind: Callable[[Path], Any], tmp_path:
     refused = 0
     count = KINDS[kind] * (8 if os.environ.get("TFNAS_SLOW") == "1" else 1)
     for seed in range(count):
-        bad = _damage(random.Random(seed), good)
+        bad = damage(random.Random(seed), good)
         try:
             read(bad)
         except ValueError:

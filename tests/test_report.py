@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import re
 import shutil
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from damaged import damage
 from latency_tables import synthetic_table
 from search_cases import tiny_config, tiny_space
 from tfnas import search
@@ -138,6 +140,30 @@ def test_unfinished_runs_exit_2(run: Path, tmp_path: Path, missing: str, capsys:
         assert run_command("report", [str(copy)]) == 2
         assert missing in capsys.readouterr().err
     assert not (copy / "report.html").exists()
+
+
+@pytest.mark.parametrize("line", ["1", "null", '"x"', "[]", "{}", '{"kind": 3}', "{", "\\xff", "[" * 100_000])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "start"}\n' + line.encode() + b'\n{"kind": "end"')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: "):
+        read_metrics(path)
+
+
+def test_damaged_records_are_shown_or_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    good = read_metrics(run / "metrics.jsonl")
+    refused = 0
+    for seed in range(60):
+        bad = damage(random.Random(seed), good)
+        (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in bad))
+        try:
+            write_report(tmp_path / "run")
+        except ValueError as error:
+            refused += "metrics.jsonl" in str(error)
+        except Exception as error:  # what must not happen, reported with the seed that makes it
+            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+    assert refused > 10
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (3.2, 3.21), (-5, 1e6), (2, 2), (0, 0), (1e-9, 2e-9)])

@@ -101,16 +101,17 @@ def load_checkpoint(
 
 def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
     try:
+        if (damaged := _damaged_member(path)) is not None:
+            raise CheckpointError(f"{path} is damaged in {damaged}")
         state = torch.load(path, map_location=device, weights_only=True)
-        damaged = _damaged_member(path)
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it holds more than tensors and plain values ({_first(error)})"
         ) from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # damage makes the readers of archives and of pickles fail in any way
         raise CheckpointError(f"{path} is damaged or truncated ({_first(error)})") from None
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged in {damaged}")
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         found = state.get("format_version") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT_VERSION}, found {found}")

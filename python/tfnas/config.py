@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+# OpenMP ends the process where it cannot start as many as it was told.
+MAX_THREADS = 4096
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, what was expected and what came."""
@@ -289,7 +292,7 @@ def _bounds(config: SearchConfig) -> Iterator[tuple[str, float | None, float, fl
     yield "steps_per_epoch", config.steps_per_epoch, 1, inf
     yield "batch_size", config.batch_size, 1, inf
     yield "seed", config.seed, 0, 2**63 - 1
-    yield "threads", config.threads, 1, 4096
+    yield "threads", config.threads, 1, MAX_THREADS
     yield "tolerance", config.tolerance, tiny, 0.99
     yield "num_classes", config.num_classes, 2, inf
     yield "resolution", config.resolution, 1, inf
@@ -317,7 +320,7 @@ def _bounds(config: SearchConfig) -> Iterator[tuple[str, float | None, float, fl
     yield "objective.exponent", config.objective.exponent, -huge, huge
     yield "profile.batch_size", config.profile.batch_size, 1, inf
     yield "profile.budget_s", config.profile.budget_s, tiny, inf
-    yield "profile.threads", config.profile.threads, 1, 4096
+    yield "profile.threads", config.profile.threads, 1, MAX_THREADS
     yield "checkpoint.every_steps", config.checkpoint.every_steps, 1, inf
     yield "checkpoint.every_s", config.checkpoint.every_s, 0, inf
     yield "log.every_steps", config.log.every_steps, 1, inf

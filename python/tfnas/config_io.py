@@ -73,8 +73,12 @@ class ConfigKind(Generic[C]):
         """
         parser = self.parser()
         resolved = self._resolve(self._complete_switches(self._complete_lists(arguments)), preset or {})
+        unprinted = [argument for argument in resolved if argument.partition("=")[0] != "--print_config"]
         try:
-            return self._build(parser, parser.parse_args(resolved))
+            config = self._build(parser, parser.parse_args(unprinted))
+            if len(unprinted) < len(resolved):
+                parser.parse_args(resolved)  # prints and exits; what cannot be used is refused before
+            return config
         except OverflowError as error:
             raise ConfigError(f"a number is too large: {error}") from None
         except ArgumentError as error:
@@ -197,7 +201,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if values is None:
-        return {}
+        raise ConfigError(f"{path} holds no keys: it is empty or cut off; --print_config shows what it may hold")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values at its top level, got {type(values).__name__}")
     return values

@@ -42,9 +42,13 @@ def export_timm(path: str | os.PathLike[str], network: Network) -> float:
 
     The description, `path` with the suffix `.json`, holds the block strings and the constructor's other arguments.
     Returns the largest difference of the logits between timm's network and this one; raises `ExportMismatch` above
-    1e-5 (of the largest logit), `ImportError` without timm.
+    1e-5 (of the largest logit), `ImportError` without timm, `ValueError` where both files would have one name.
     """
     path = Path(path)
+    if path.suffix == ".json":
+        raise ValueError(
+            f"output {path}: the weights need another name than the description, such as {path.stem}.safetensors"
+        )
     network = network.eval()
     model = to_timm(network).eval()
     images = _images(network.architecture, max(_CHECKED_BATCHES))
@@ -76,6 +80,8 @@ def export_onnx(path: str | os.PathLike[str], network: Network, resolution: int 
     where it was not checked. Raises `ExportMismatch` above 1e-4 (of the largest logit), `ImportError` without the
     libraries that write ONNX.
     """
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"resolution: expected at least 1, got {resolution}")
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -128,6 +134,6 @@ def _difference(theirs: np.ndarray, ours: np.ndarray, tolerance: float, name: st
 
 
 def _images(arch: Architecture, batch: int, resolution: int | None = None) -> torch.Tensor:
-    size = resolution or arch.space.resolution
+    size = arch.space.resolution if resolution is None else resolution
     shape = (batch, arch.space.image_channels, size, size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(batch))

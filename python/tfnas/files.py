@@ -20,9 +20,31 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
 def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` so that `path` holds either its old content or all of the new one, whenever the process dies.
 
-    The parent folder must exist.
+    The parent folder must exist. A link stays, and what it points to is written; a device or a pipe (`/dev/stdout`) is
+    written to, not replaced. An `OSError` names `path`.
     """
-    target = Path(path)
+    try:
+        if _is_standard_output(path):
+            with open(1, "wb", closefd=False) as output:  # at its own place, whatever else is printed
+                output.write(data)
+        elif os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb") as device:
+                device.write(data)
+        else:
+            _replace(Path(os.path.realpath(path)), data)
+    except OSError as error:
+        error.filename, error.filename2 = os.fspath(path), None
+        raise
+
+
+def _is_standard_output(path: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:
+        return False
+
+
+def _replace(target: Path, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -39,6 +39,7 @@ from tfnas.space import Space
 from tfnas.space_io import load_space
 from tfnas.supernet import Supernet
 from tfnas.target import Target, choose_target, measured_latency_ms, obtain_table
+from tfnas.threads import use_threads
 from tfnas.versions import software_versions
 
 _SKIPPED_SHOWN = 10
@@ -117,8 +118,7 @@ class _Prepared:
 def _prepared(config: SearchConfig, callbacks: Sequence[Callback] | None) -> Iterator[_Prepared]:
     """Everything in place for the first step, or the next one of a resumed run."""
     start_s = time.monotonic()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     device = choose_device(config.device)
     with ExitStack() as stack:
         processes = stack.enter_context(open_processes(device))

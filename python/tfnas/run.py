@@ -19,6 +19,7 @@ from typing import IO, Any, Protocol
 from tfnas.checkpoint import has_checkpoint
 from tfnas.config import ConfigError
 from tfnas.config_io import SEARCH, ConfigKind, config_to_dict, config_to_yaml
+from tfnas.fields import describe
 from tfnas.files import remove_unfinished, write_text_atomically
 
 CONFIG_FILE = "config.yaml"
@@ -129,9 +130,20 @@ class MetricsFile:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Records of a `metrics.jsonl`; an incomplete last line (a killed run) is left out."""
-    lines = Path(path).read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """Records of a `metrics.jsonl`; an incomplete last line (a killed run) is left out.
+
+    A `ValueError` names the file and the line that is no record: a JSON object that says its `kind`.
+    """
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+            raise ValueError(f"{path}, line {number}: expected an object with its kind, got {describe(record)}")
+        records.append(record)
+    return records
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:

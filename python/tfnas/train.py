@@ -26,6 +26,7 @@ from tfnas.network import Network, build_network
 from tfnas.pipeline import choose_device, data_options, say_skipped
 from tfnas.processes import Processes, open_processes
 from tfnas.run import ARCHITECTURE_FILE
+from tfnas.threads import use_threads
 from tfnas.train_config import TRAIN, TrainConfig
 from tfnas.train_loop import BEST_FILE, TrainLoop
 from tfnas.train_progress import TRAINING
@@ -72,8 +73,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] | None = None) -> T
     interrupted or not.
     """
     start_s = time.monotonic()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     device = choose_device(config.device)
     given, facts = load_architecture(config.architecture)
     with ExitStack() as stack:

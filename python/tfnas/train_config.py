@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tfnas.config import CheckpointConfig, ConfigError, DatasetConfig
+from tfnas.config import MAX_THREADS, CheckpointConfig, ConfigError, DatasetConfig
 from tfnas.config_io import CONFIG_FOLDER, ConfigKind
 
 
@@ -141,7 +141,7 @@ def _bounds(config: TrainConfig) -> Iterator[tuple[str, float | None, float, flo
     yield "accumulation_steps", config.accumulation_steps, 1, inf
     yield "ema_decay", config.ema_decay, 0, below_one
     yield "seed", config.seed, 0, 2**63 - 1
-    yield "threads", config.threads, 1, 4096
+    yield "threads", config.threads, 1, MAX_THREADS
     yield "resolution", config.resolution, 1, inf
     yield "dataset.held_out_fraction", config.dataset.held_out_fraction, 0.001, 0.99
     yield "optimizer.lr", optimizer.lr, 0, huge

@@ -41,6 +41,9 @@ def find_in_run(folder: str | os.PathLike[str], weights: str = "best") -> Found:
     table = next((f / TABLE_FILE for f in (folder, folder.parent) if (f / TABLE_FILE).is_file()), None)
     if trained is None:
         return Found(load_architecture(folder / ARCHITECTURE_FILE)[0], None, None, table)
+    for name in (ARCHITECTURE_FILE, CONFIG_FILE):
+        if not (trained / name).is_file():
+            raise ConfigError(f"run {folder}: {trained} holds weights, but no {name}")
     return Found(
         load_architecture(trained / ARCHITECTURE_FILE)[0],
         trained / f"{weights}.safetensors",

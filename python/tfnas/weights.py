@@ -62,6 +62,8 @@ def network_with(arch: Architecture, path: str | os.PathLike[str]) -> Network:
 
 def fresh_network(arch: Architecture, seed: int) -> Network:
     """The network of `arch` in evaluation mode with weights drawn by `seed`; torch's generator stays as it was."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 to {2**63 - 1}, got {seed}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_network(arch).eval()

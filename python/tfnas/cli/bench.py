@@ -17,6 +17,7 @@ from tfnas.bench.show import rows_table, save_plot, summary
 from tfnas.cli.codes import FAILED, OK
 from tfnas.latency.header import device_name
 from tfnas.space_io import load_space
+from tfnas.threads import use_threads
 from tfnas.versions import software_versions
 from tfnas_ext import choose_backend
 from tfnas_ext.backends import cpu_capability
@@ -66,10 +67,7 @@ def bench(
     """
     if choose_backend("cpu") != "cpu":
         raise ValueError("there are no native kernels to time here; `tfnas info` says why")
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"--threads must be at least 1, not {threads}")
-        torch.set_num_threads(threads)
+    use_threads(threads)
     allocator = set_allocator()
     cases = _cases(what, space, architecture, batch, only)
     dtypes = [torch.float32, torch.bfloat16] if dtype == "both" else [getattr(torch, dtype)]

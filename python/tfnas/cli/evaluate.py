@@ -16,6 +16,7 @@ from tfnas.evaluate import evaluate_network
 from tfnas.latency.lut_io import load_table
 from tfnas.pipeline import choose_device, data_options
 from tfnas.target import measured_latency_ms
+from tfnas.threads import use_threads
 from tfnas.train_config import TrainConfig
 from tfnas.trained import find_in_run
 from tfnas.weights import network_with
@@ -73,8 +74,7 @@ def evaluate(
 def _accuracy(
     config: TrainConfig, weights: Path, folder: Path, device_name: str, threads: int | None
 ) -> dict[str, Any]:
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     device = choose_device(device_name)
     arch, _ = load_architecture(folder / "architecture.json")
     space = dataclasses.replace(arch.space, resolution=config.resolution or arch.space.resolution)

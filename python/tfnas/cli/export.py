@@ -45,6 +45,8 @@ def export(
     """
     if (run is None) == (architecture is None):
         raise ValueError("name the network by --run or by --architecture, one of the two")
+    if resolution is not None and format != "onnx":
+        raise ValueError(f"--resolution is of the ONNX input; format {format} has none")
     if not output.parent.is_dir():
         raise ValueError(f"output {output}: its folder does not exist")
     if run is not None:

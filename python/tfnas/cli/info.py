@@ -25,9 +25,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--lut", type=str, help="latency table, for the architecture's latency by it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(arguments)
-    if args.lut and not args.architecture:
+    if args.lut is not None and args.architecture is None:
         raise ValueError("--lut needs --architecture, the network whose latency is asked for")
-    facts = architecture_facts(args.architecture, args.lut) if args.architecture else environment_facts()
+    facts = architecture_facts(args.architecture, args.lut) if args.architecture is not None else environment_facts()
     if args.json:
         print(json.dumps(facts, indent=2))
     else:

@@ -60,14 +60,14 @@ def build(
     settings = load_config(config)
     profile = settings.profile
     conditions = Conditions(
-        device=device or _device(settings),
-        engine=engine or profile.engine,
-        batch=batch or profile.batch_size,
-        threads=threads or profile.threads or settings.threads or 1,
-        dtype=dtype or profile.dtype,
-        layout=layout or profile.layout,
+        device=_device(settings) if device is None else device,
+        engine=profile.engine if engine is None else engine,
+        batch=profile.batch_size if batch is None else batch,
+        threads=profile.threads if threads is None else threads,
+        dtype=profile.dtype if dtype is None else dtype,
+        layout=profile.layout if layout is None else layout,
     )
-    options = ProfileOptions(conditions, budget_s=budget_s or profile.budget_s, seed=seed)
+    options = ProfileOptions(conditions, budget_s=profile.budget_s if budget_s is None else budget_s, seed=seed)
     partial = partial_path(output)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NoisyMachineWarning)

@@ -84,6 +84,8 @@ def check_table(
     """
     if architectures < 3:
         raise ValueError(f"architectures: expected at least 3 to judge a table by, got {architectures}")
+    if seed < 0 or not budget_s > 0:
+        raise ValueError(f"expected a seed of at least 0 and a budget_s above 0, got {seed} and {budget_s}")
     limits = CheckLimits() if limits is None else limits
     table.require_space(space)
     conditions = conditions_of(table.header) if conditions is None else conditions

@@ -5,11 +5,13 @@ A table is worth what its conditions are worth: profile the engine, layout, batc
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from tfnas.config import MAX_THREADS
 from tfnas.latency.chain import Section
 from tfnas.space import OpKey
 
@@ -21,8 +23,8 @@ LAYOUTS = ("nchw", "channels_last")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class EngineUnavailable(RuntimeError):
-    """The engine cannot run here; the message says why and what to do."""
+class EngineUnavailable(ValueError):
+    """The engine asked for cannot run here; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,18 @@ class Conditions:
     layout: str = "nchw"
 
     def __post_init__(self) -> None:
-        if torch.device(self.device).type not in ("cpu", "cuda"):
-            raise ValueError(f"device: expected cpu or cuda, got {self.device!r}")
+        if not re.fullmatch(r"(cpu|cuda)(:\d+)?", self.device):
+            raise ValueError(f"device: expected cpu, cuda or cuda:N, got {self.device!r}")
         if self.engine not in ENGINES:
             raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        for name in ("batch", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.batch < 1:
+            raise ValueError(f"batch: expected at least 1, got {self.batch}")
+        if not 1 <= self.threads <= MAX_THREADS:
+            raise ValueError(f"threads: expected 1 to {MAX_THREADS}, got {self.threads}")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

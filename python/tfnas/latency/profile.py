@@ -74,6 +74,8 @@ class ProfileOptions:
         for name in ("budget_s", "tolerance", "half_width", "noise_limit"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {self.seed}")
         for name, least in (("min_samples", 3), ("max_samples", self.min_samples), ("fit_architectures", 3)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")

@@ -7,8 +7,10 @@ from html import escape
 from pathlib import Path
 
 from tfnas.files import write_text_atomically
+from tfnas.latency.lut import LatencyTableError
 from tfnas.report import sections
 from tfnas.report.run_data import RunData, read_run
+from tfnas.run import METRICS_FILE
 
 REPORT_FILE = "report.html"
 _SECTIONS = (
@@ -64,8 +66,17 @@ def write_report(folder: str | os.PathLike[str], pictures: bool = False) -> Path
     `ModuleNotFoundError` where pictures are asked for without matplotlib.
     """
     run = read_run(folder)
+    try:
+        text = page(run)
+    except LatencyTableError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{run.folder / METRICS_FILE}: a record lacks what a report shows, or is of another search space "
+            f"({type(error).__name__}: {error})"
+        ) from error
     path = run.folder / REPORT_FILE
-    write_text_atomically(path, page(run))
+    write_text_atomically(path, text)
     if pictures:
         from tfnas.report.pictures import save_pictures
 

@@ -60,7 +60,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunData:
         if not (folder / name).is_file():
             raise ConfigError(f"run {folder}: expected the folder of a finished search, it has no {name}")
     arch, facts = load_architecture(folder / ARCHITECTURE_FILE)
-    records = _records(folder / METRICS_FILE)
+    records = read_metrics(folder / METRICS_FILE)
     start = [record for record in records if record["kind"] == "start"]
     epochs = [record for record in records if record["kind"] == "epoch"]
     if not start or not epochs:
@@ -76,12 +76,5 @@ def read_run(folder: str | os.PathLike[str]) -> RunData:
         start=start[-1],
         epochs=epochs,
         end=ends[-1] if ends else None,
-        training=_records(training) if training.is_file() else [],
+        training=read_metrics(training) if training.is_file() else [],
     )
-
-
-def _records(path: Path) -> list[Record]:
-    try:
-        return read_metrics(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: a line is not JSON ({error})") from None
