@@ -2,13 +2,15 @@
 
 A block timed alone and hot is 13-32 % faster than the same block inside a network (caches, allocator). In a chain it
 meets the conditions of the real network, and the sections of one pass add up to the whole by construction.
-A *reference chain*, always the same network, runs beside every timed pass; dividing by it takes out slow drift of the
-machine, and its speed in another process tells how fast the machine is then.
+A *reference chain*, always the same network, runs every few passes: its speed in another process tells how fast the
+machine is then, and beside whole networks it takes the machine's drift out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -54,6 +56,10 @@ class HostChainTimer:
         self.timer = CpuTimer() if timer is None else timer
 
     def run(self, sections: Sections, x: torch.Tensor) -> Pass:
+        with _no_garbage_collection():
+            return self._run(sections, x)
+
+    def _run(self, sections: Sections, x: torch.Tensor) -> Pass:
         clock = self.timer.clock
         wall_ns, cpu_ns = clock.wall_ns, clock.thread_ns
         if self.timer.cold:
@@ -74,25 +80,42 @@ class HostChainTimer:
         return Pass(np.where(gaps, cpus, walls) / 1e6, disturbed)
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Python's collector, which takes its time with a build's many samples, waits until the pass is over."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @dataclass
 class ReferenceLog:
-    """Every pass of the reference chain so far, [passes][sections] ms, in the order taken."""
+    """Every pass of the reference chain so far, [passes][sections] ms, in the order taken.
+
+    `after` says for each how many other passes had been numbered when it ran (`Measurements.next_pass`).
+    """
 
     passes_ms: list[list[float]] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
 
-    def add(self, sections_ms: FloatArray) -> int:
+    def add(self, sections_ms: FloatArray, after: int = 0) -> int:
         """Append one pass; returns its number."""
-        self.passes_ms.append([float(v) for v in sections_ms])
+        self.passes_ms.append([round(float(v), 6) for v in sections_ms])
+        self.after.append(after)
         return len(self.passes_ms) - 1
 
-    def drift(self) -> FloatArray:
-        """Slowness of the machine per pass and section, [passes, sections]; 1 is the median of the log."""
-        return smoothed_drift(np.asarray(self.passes_ms))
+    def totals_ms(self) -> FloatArray:
+        """Time of the whole reference chain in every pass, [passes]."""
+        return np.asarray(self.passes_ms).sum(axis=1)
 
     def total_drift(self) -> FloatArray:
-        """Slowness per pass over the whole reference chain, [passes]."""
-        return smoothed_drift(np.asarray(self.passes_ms).sum(axis=1))
+        """Slowness per pass over the whole reference chain, [passes]; 1 is the median of the log."""
+        return smoothed_drift(self.totals_ms(), window=3)
 
     def total_ms(self) -> float:
         """Median time of the whole reference chain in ms."""
-        return float(np.median(np.asarray(self.passes_ms).sum(axis=1)))
+        return float(np.median(self.totals_ms()))

@@ -1,7 +1,8 @@
 """Runs chains made of the configurations still to be measured, so that one pass yields a sample for every slot.
 
 Which configurations share a chain is drawn at random (seeded), least measured first: machine drift and the company a
-block keeps are spread over all of them alike. After every timed pass the reference chain runs once.
+block keeps are spread over all of them alike. Places that nothing waits for are filled with what is known already:
+every chain is a whole network, and no pass is spent on a few sections. The reference chain runs once a visit.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from tfnas.latency.chain import ChainTimer, Pass, Section, Sections
+from tfnas.latency.chain import ChainTimer, Section, Sections
 from tfnas.latency.engine import Engine
 from tfnas.latency.measurements import Config, Measurements, Sample, usable
 from tfnas.space import Layer, OpKey, Space
 from tfnas_ext.timing import Samples, StopRule
 
 Kind = tuple[int, int, int, int, str]
-_DRIFT_EVERY = 8  # visits between two looks at the stop rule
+_LOOK_EVERY = 8  # visits between two looks at the stop rule, at first
+_LOOK_SHARE = 0.1  # later this share of all visits so far: looking takes longer the more there is to see
 
 
 def kind_of_key(key: OpKey) -> Kind:
@@ -74,26 +76,29 @@ class ChainProfiler:
         Returns whether all met the rule. The samples are in `measurements` whatever happens; `tick` is called often.
         """
         waiting = list(dict.fromkeys(configs))
-        met = True
+        met, visits = True, 0
         while True:
-            drift = self.measurements.reference.drift() if self.measurements.reference.passes_ms else np.ones((0, 0))
+            slowness = self.measurements.slowness()
             late = self.now_s() >= deadline_s
             still: list[Config] = []
             for config in waiting:
                 count = self.measurements.count(config)
-                good = count > 0 and rule.met(self.measurements.samples(config, drift).values_ms)
+                good = count > 0 and rule.met(self.measurements.samples(config, slowness).values_ms)
                 spent = count >= rule.max_samples or (late and count >= least)
                 if good or spent:
                     met &= good
-                    self._sections.pop(config, None)
                 else:
                     still.append(config)
             waiting = still
             if not waiting:
                 return met
-            for _ in range(_DRIFT_EVERY):
+            for visit in range(max(_LOOK_EVERY, int(_LOOK_SHARE * visits))):
                 self._visit(waiting)
-            tick()
+                visits += 1
+                if visit % _LOOK_EVERY == 0:
+                    tick()
+                if visit >= _LOOK_EVERY and self.now_s() >= deadline_s:
+                    break
 
     def measure_networks(
         self, networks: Sequence[Sections], rule: StopRule, deadline_s: float, least: int = 3
@@ -103,9 +108,12 @@ class ChainProfiler:
         waiting, met = list(range(len(networks))), set[int]()
         while waiting:
             for index in self.rng.permutation(waiting):
-                for pass_, number in self._timed(networks[int(index)]):
-                    totals[index].append(Sample(pass_.total_ms, number, 0, bool(pass_.disturbed.any())))
-            drift = self.measurements.reference.total_drift()[:, None]
+                self.warm(networks[int(index)], self.warm_up)
+                for _ in range(self.repeats):
+                    pass_ = self.timer.run(networks[int(index)], self._input)
+                    # the reference chain's own numbers serve as the passes'
+                    totals[index].append(Sample(pass_.total_ms, self._run_reference(), bool(pass_.disturbed.any())))
+            drift = self.measurements.reference.total_drift()
             late = self.now_s() >= deadline_s
             results = [usable(total, drift) for total in totals]
             met |= {i for i in waiting if rule.met(results[i].values_ms)}
@@ -122,39 +130,42 @@ class ChainProfiler:
                     x = section(x)
 
     def _visit(self, waiting: Sequence[Config]) -> None:
-        queues: dict[Kind, list[Config]] = {}
-        for index in self.rng.permutation(len(waiting)):
-            config = waiting[index]
-            queues.setdefault(kind_of_key(config[0]), []).append(config)
-        for queue in queues.values():
-            queue.sort(key=self.measurements.count, reverse=True)
+        queues = self._queues(waiting)
         sections: list[Section] = [self._stem]
-        slots: list[tuple[int, int, Config]] = []  # (place in this chain, place in the reference chain, what)
+        places = [(0, self.measurements.stem)]
         for layer in self.space.layers:
-            queue = queues.get(kind_of_layer(layer), [])
+            queue = queues.get(kind_of_layer(layer))
             if queue:
                 config = queue.pop()
-                slots.append((len(sections), 1 + layer.index, config))
+                places.append((len(sections), self.measurements.blocks[config]))
                 sections.append(self._section(config))
-            elif not layer.has_residual:
+            else:
                 sections.append(self._reference[1 + layer.index])
+        places.append((len(sections), self.measurements.head))
         sections.append(self._head)
-        places = [(0, 0, self.measurements.stem), (len(sections) - 1, len(self._reference) - 1, self.measurements.head)]
-        places += [(place, reference, self.measurements.blocks[config]) for place, reference, config in slots]
-        for pass_, number in self._timed(sections):
-            for place, reference_place, samples in places:
-                ms, disturbed = float(pass_.sections_ms[place]), bool(pass_.disturbed[place])
-                samples.append(Sample(ms, number, reference_place, disturbed))
-
-    def _timed(self, sections: Sections) -> list[tuple[Pass, int]]:
-        """Timed passes of `sections`, each with the number of the reference pass after it."""
         self.warm(sections, self.warm_up)
-        result: list[tuple[Pass, int]] = []
         for _ in range(self.repeats):
-            pass_ = self.timer.run(sections, self._input)
-            reference = self.timer.run(self._reference, self._input)
-            result.append((pass_, self.measurements.reference.add(reference.sections_ms)))
-        return result
+            pass_, number = self.timer.run(sections, self._input), self.measurements.next_pass()
+            for place, samples in places:
+                samples.append(Sample(float(pass_.sections_ms[place]), number, bool(pass_.disturbed[place])))
+        self._run_reference()
+
+    def _queues(self, waiting: Sequence[Config]) -> dict[Kind, list[Config]]:
+        """What may stand at each place, the first choice last: least measured of what waits, then of the others."""
+        first = set(waiting)
+        known = [*waiting, *(config for config in self.measurements.blocks if config not in first)]
+        queues: dict[Kind, list[Config]] = {}
+        for index in self.rng.permutation(len(known)):
+            config = known[index]
+            queues.setdefault(kind_of_key(config[0]), []).append(config)
+        for queue in queues.values():
+            queue.sort(key=lambda config: (config not in first, self.measurements.count(config)), reverse=True)
+        return queues
+
+    def _run_reference(self) -> int:
+        """One timed pass of the reference chain; returns its number."""
+        timed = self.timer.run(self._reference, self._input)
+        return self.measurements.reference.add(timed.sections_ms, self.measurements.passes)
 
     def _section(self, config: Config) -> Section:
         if config not in self._sections:

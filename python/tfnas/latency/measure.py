@@ -105,6 +105,6 @@ def measure_blocks_ms(
             now_s=now_s,
         )
         profiler.measure(configs, rule, now_s() + time_limit_s)
-    drift = data.reference.drift()
+    slowness = data.slowness()
     facts = {"reference_ms": data.reference.total_ms()} | conditions.as_dict()
-    return [replace(data.samples(config, drift), facts=facts) for config in configs]
+    return [replace(data.samples(config, slowness), facts=facts) for config in configs]

@@ -1,7 +1,7 @@
 """What a table build has measured so far: every sample of every (curve, width), kept in a file that survives a kill.
 
-A sample is a section's time in one pass of a chain together with the reference pass that ran beside it; the drift is
-divided out when the samples are read, over the whole log, so that a resumed build joins up without a seam.
+A sample is a section's time in one numbered pass of a chain. How slow the machine was in that pass is told from all
+samples at once and divided out when they are read, so that a resumed build joins up without a seam.
 """
 
 from __future__ import annotations
@@ -18,32 +18,37 @@ import numpy as np
 
 from tfnas.files import read_json, write_text_atomically
 from tfnas.latency.chain import FloatArray, ReferenceLog
+from tfnas.latency.slowness import pass_slowness
 from tfnas.space import OpKey
 from tfnas_ext.timing import Samples
 
-PARTIAL_SCHEMA_VERSION = 1
+PARTIAL_SCHEMA_VERSION = 2
 Config = tuple[OpKey, int]
+# Fewer sections than this cannot tell how slow the machine was in their pass: the reference chain nearby does.
+_TELLING = 5
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed section: its time in ms, the number of the reference pass beside it, its slot in the network."""
+    """One timed section: its time in ms and the number of its pass."""
 
     ms: float
-    reference_pass: int
-    slot: int
+    pass_number: int
     disturbed: bool = False
 
 
-def usable(samples: list[Sample], drift: FloatArray) -> Samples:
-    """Undisturbed samples (ms, drift divided out), the others counted as rejected.
+def usable(samples: list[Sample], slowness: FloatArray) -> Samples:
+    """Undisturbed samples (ms, slowness of their pass divided out), the others counted as rejected.
 
     Where more than half were disturbed there is no quiet to wait for: then all are used.
     """
+    kept = _kept(samples)
+    return Samples(np.array([s.ms / slowness[s.pass_number] for s in kept]), len(samples) - len(kept))
+
+
+def _kept(samples: list[Sample]) -> list[Sample]:
     kept = [s for s in samples if not s.disturbed]
-    if 2 * len(kept) < len(samples):
-        kept = samples
-    return Samples(np.array([s.ms / drift[s.reference_pass, s.slot] for s in kept]), len(samples) - len(kept))
+    return samples if 2 * len(kept) < len(samples) else kept
 
 
 @dataclass
@@ -55,27 +60,57 @@ class Measurements:
     stem: list[Sample] = field(default_factory=list)
     head: list[Sample] = field(default_factory=list)
     seconds: float = 0.0
+    passes: int = 0
+
+    def next_pass(self) -> int:
+        """The number of a new pass of a chain."""
+        self.passes += 1
+        return self.passes - 1
+
+    def slowness(self) -> FloatArray:
+        """How slow the machine was in every pass, [passes], 1 where the reference chain takes its median time.
+
+        Best computed once for many readings; a pass of few sections, or without any, is as slow as the reference
+        chain after it.
+        """
+        beside = self._slowness_beside()
+        kept = [_kept(samples) for samples in (self.stem, self.head, *self.blocks.values())]
+        what = np.repeat(np.arange(len(kept)), [len(samples) for samples in kept])
+        numbers = np.array([s.pass_number for samples in kept for s in samples], dtype=np.int64)
+        telling = np.bincount(numbers, minlength=self.passes) >= _TELLING
+        # where the reference chain ran right after a pass, both ran at the same speed: that settles the level
+        joints = np.unique(self.reference.after).astype(np.int64) - 1
+        joints = joints[(joints >= 0) & telling[joints]]
+        if joints.size == 0:
+            return beside
+        use = telling[numbers]
+        ms = np.array([s.ms for samples in kept for s in samples])
+        found = pass_slowness(ms[use], what[use], numbers[use], self.passes)
+        return np.where(telling, found / np.median(found[joints] / beside[joints]), beside)
+
+    def _slowness_beside(self) -> FloatArray:
+        """For every pass the slowness of the reference chain at its next run, 1 before it ever ran."""
+        if not self.reference.after:
+            return np.ones(self.passes)
+        number = np.searchsorted(self.reference.after, np.arange(1, self.passes + 1))
+        return self.reference.total_drift()[number.clip(max=len(self.reference.after) - 1)]
 
     def count(self, config: Config) -> int:
         """How often `config` was timed, disturbed or not."""
         return len(self.blocks[config]) if config in self.blocks else 0
 
-    def samples(self, config: Config, drift: FloatArray) -> Samples:
-        """Usable samples of one configuration; `drift` is `reference.drift()`, best computed once for many."""
-        return usable(self.blocks[config], drift)
+    def samples(self, config: Config, slowness: FloatArray) -> Samples:
+        """Usable samples of one configuration; `slowness` is `self.slowness()`."""
+        return usable(self.blocks[config], slowness)
 
-    def base_samples(self, drift: FloatArray) -> tuple[Samples, Samples]:
+    def base_samples(self, slowness: FloatArray) -> tuple[Samples, Samples]:
         """Usable samples of stem and head."""
-        return usable(self.stem, drift), usable(self.head, drift)
+        return usable(self.stem, slowness), usable(self.head, slowness)
 
     def disturbed_share(self) -> float:
         """Share of all timed sections that something disturbed."""
         every = [s.disturbed for samples in (self.stem, self.head, *self.blocks.values()) for s in samples]
         return float(np.mean(every)) if every else 0.0
-
-    def medians(self, key: OpKey, drift: FloatArray) -> dict[int, float]:
-        """Median ms by width, for every measured width of one curve."""
-        return {w: self.samples((k, w), drift).median_ms for k, w in sorted(self.blocks) if k == key}
 
     def save(self, path: str | os.PathLike[str], conditions: Mapping[str, Any]) -> None:
         """Write everything to `path` atomically; `conditions` are those it was measured under."""
@@ -87,7 +122,9 @@ class Measurements:
             "partial_schema_version": PARTIAL_SCHEMA_VERSION,
             "conditions": dict(conditions),
             "seconds": self.seconds,
+            "passes": self.passes,
             "reference_ms": self.reference.passes_ms,
+            "reference_after": self.reference.after,
             "stem": [_row(s) for s in self.stem],
             "head": [_row(s) for s in self.head],
             "blocks": blocks,
@@ -107,10 +144,14 @@ class Measurements:
             raise ValueError(f"{path}: measured under other conditions ({said}); delete it or name another output")
         try:
             result = Measurements(
-                ReferenceLog([[float(v) for v in row] for row in document["reference_ms"]]),
+                ReferenceLog(
+                    [[float(v) for v in row] for row in document["reference_ms"]],
+                    [int(after) for after in document["reference_after"]],
+                ),
                 stem=[_sample(s) for s in document["stem"]],
                 head=[_sample(s) for s in document["head"]],
                 seconds=float(document["seconds"]),
+                passes=int(document["passes"]),
             )
             for block in document["blocks"]:
                 key = OpKey(**block["key"])
@@ -121,12 +162,12 @@ class Measurements:
 
 
 def _row(sample: Sample) -> list[float]:
-    return [sample.ms, sample.reference_pass, sample.slot, int(sample.disturbed)]
+    return [round(sample.ms, 6), sample.pass_number, int(sample.disturbed)]
 
 
 def _sample(row: list[Any]) -> Sample:
-    ms, reference_pass, slot, disturbed = row
-    return Sample(float(ms), int(reference_pass), int(slot), bool(disturbed))
+    ms, pass_number, disturbed = row
+    return Sample(float(ms), int(pass_number), bool(disturbed))
 
 
 def partial_path(output: str | os.PathLike[str]) -> Path:

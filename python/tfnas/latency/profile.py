@@ -231,14 +231,14 @@ class _Build:
     def _placement(self) -> KnotPlacement:
         """Where to measure next, by everything measured so far."""
         placement = KnotPlacement(self.ranges, tolerance=self.options.tolerance, period=self.options.period)
-        drift = self.data.reference.drift() if self.data.blocks else np.ones((0, 0))
+        slowness = self.data.slowness()
         for key, width in self.data.blocks:
-            samples = self.data.samples((key, width), drift)
+            samples = self.data.samples((key, width), slowness)
             placement.record(key, width, samples.median_ms, rel_stdev=samples.rel_spread, samples=samples.count)
         return placement
 
     def _base_ms(self) -> float:
-        stem, head = self.data.base_samples(self.data.reference.drift())
+        stem, head = self.data.base_samples(self.data.slowness())
         return stem.median_ms + head.median_ms
 
     def _measure_networks(self) -> tuple[list[Architecture], FloatArray]:
@@ -255,8 +255,8 @@ class _Build:
         self._report("widths", self.spent_s / self.options.budget_s)
 
     def _noise(self) -> dict[str, Any]:
-        drift = self.data.reference.drift()
-        samples = [self.data.samples(config, drift) for config in self.data.blocks]
+        slowness = self.data.slowness()
+        samples = [self.data.samples(config, slowness) for config in self.data.blocks]
         widths = np.array([s.relative_half_width for s in samples])
         half_width = float(np.median(widths))
         disturbed = self.data.disturbed_share()
@@ -266,7 +266,7 @@ class _Build:
             "rel_stdev_median": float(np.median([s.rel_stdev for s in samples])),
             "half_width_median": known,
             "disturbed_share": disturbed,
-            "drift_range": [float(drift.min()), float(drift.max())],
+            "drift_range": [float(slowness.min()), float(slowness.max())],
             "noisy": known > self.options.noise_limit or disturbed > 0.5,
         }
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tfnas.latency.chain import Section, Sections
-from tfnas.latency.chain_profiler import ChainProfiler, kind_of_key, kind_of_layer
+from tfnas.latency.chain_profiler import ChainProfiler
 from tfnas.latency.measurements import Config, Sample
 from tfnas_ext.timing import Samples, StopRule, Timer
 from tfnas_ext.timing_cuda import CudaTimer
@@ -32,7 +32,6 @@ class SlopeProfiler(ChainProfiler):
         self.section_timer = section_timer
         self._chains: dict[Config | str, dict[int, Callable[[], object]]] = {}
         self._visits = 0
-        self._slots = {kind_of_layer(layer): 1 + layer.index for layer in reversed(self.space.layers)}
 
     def measure_networks(
         self, networks: Sequence[Sections], rule: StopRule, deadline_s: float, least: int = 3
@@ -43,10 +42,10 @@ class SlopeProfiler(ChainProfiler):
     def _visit(self, waiting: Sequence[Config]) -> None:
         self._forget(set(self._chains) - set(waiting) - {"stem", "head"})
         if self._visits % _BASE_EVERY == 0:
-            self._sample("stem", self.engine.stem, self._input, 0, self.measurements.stem)
+            self._sample("stem", self.engine.stem, self._input, self.measurements.stem)
             with torch.inference_mode():
                 x = composed(self._reference[:-1])(self._input)
-            self._sample("head", self.engine.head, x, len(self._reference) - 1, self.measurements.head)
+            self._sample("head", self.engine.head, x, self.measurements.head)
         self._visits += 1
         fewest = min(self.measurements.count(config) for config in waiting)
         config = self.rng.choice(np.array([i for i, c in enumerate(waiting) if self.measurements.count(c) == fewest]))
@@ -61,7 +60,6 @@ class SlopeProfiler(ChainProfiler):
             (key, width),
             lambda: self.engine.block(key, width),
             x,
-            self._slots[kind_of_key(key)],
             samples,
             follows_itself,
         )
@@ -71,7 +69,6 @@ class SlopeProfiler(ChainProfiler):
         name: Config | str,
         make: Callable[[], Section],
         x: torch.Tensor,
-        slot: int,
         samples: list[Sample],
         follows_itself: bool = False,
     ) -> None:
@@ -82,10 +79,10 @@ class SlopeProfiler(ChainProfiler):
             for chain in self._chains[name].values():
                 self.section_timer.warm_up(chain, 3)
         slope = measure_slope(self.section_timer, self._chains[name], rng=self.rng)
-        number = self.measurements.reference.add(self.timer.run(self._reference, self._input).sections_ms)
         # a slope of noise may come out at or below 0: nothing real is that fast
         disturbed = slope.rejected > 0 or slope.slope_ms <= 0
-        samples.append(Sample(max(slope.slope_ms, 1e-6), number, slot, disturbed))
+        samples.append(Sample(max(slope.slope_ms, 1e-6), self.measurements.next_pass(), disturbed))
+        self._run_reference()
 
     def _forget(self, names: set[Config | str]) -> None:
         for name in names:

@@ -1,0 +1,99 @@
+"""How slow the machine was in a pass: told by the sections of the pass, tied to the reference chain, robust."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from profile_fakes import FakeEngine, Machine
+from tfnas.latency.chain_profiler import ChainProfiler, kind_of_key, kind_of_layer
+from tfnas.latency.knots import searchable_ranges
+from tfnas.latency.measurements import Measurements, Sample
+from tfnas.latency.slowness import pass_slowness
+from tfnas.space_io import load_space
+
+from tfnas_ext.timing import StopRule
+
+SMALL = load_space("small")
+
+
+def scripted(seed: int, things: int, passes: int, each: int, noise: float) -> tuple[np.ndarray, ...]:
+    """Readings of `each` random things a pass; returns ms, what, pass, and the true slowness of every pass."""
+    rng = np.random.default_rng(seed)
+    latency = rng.uniform(0.1, 2.0, things)
+    slow = np.exp(rng.normal(0, 0.1, passes).cumsum() * 0.3)
+    what = np.concatenate([rng.choice(things, each, replace=False) for _ in range(passes)])
+    numbers = np.repeat(np.arange(passes), each)
+    ms = latency[what] * slow[numbers] * np.exp(rng.normal(0, noise, what.size))
+    return ms, what, numbers, slow / np.median(slow)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_both_factors_are_told_apart(seed: int) -> None:
+    ms, what, numbers, slow = scripted(seed, things=60, passes=200, each=12, noise=0.0)
+    assert pass_slowness(ms, what, numbers, 200) == pytest.approx(slow, rel=2e-3)
+    ms, what, numbers, slow = scripted(seed, things=60, passes=200, each=12, noise=0.05)
+    error = np.log(pass_slowness(ms, what, numbers, 200) / slow)
+    # twelve readings of 5 % each
+    assert np.std(error) < 1.3 * 0.05 / np.sqrt(12)
+
+
+def test_outliers_pull_little() -> None:
+    ms, what, numbers, slow = scripted(4, things=40, passes=150, each=12, noise=0.01)
+    hit = np.random.default_rng(5).random(ms.size) < 0.05
+    found = pass_slowness(np.where(hit, 10 * ms, ms), what, numbers, 150)
+    assert np.median(np.abs(np.log(found / slow))) < 0.01
+
+
+def test_passes_without_readings_are_unknown() -> None:
+    found = pass_slowness(np.array([1.0, 2.0, 3.0]), np.array([0, 1, 0]), np.array([0, 0, 2]), 4)
+    assert np.isnan(found).tolist() == [False, True, False, True]
+
+
+def test_the_level_is_that_of_the_reference_chain() -> None:
+    """The first half runs at half speed and holds most passes; the reference chain knows the usual speed."""
+    data = Measurements()
+    rng = np.random.default_rng(0)
+    things = [(key, low) for key, (low, _) in searchable_ranges(SMALL).items()][:20]
+    latency = rng.uniform(0.1, 1.0, 20)
+    for number in range(90):
+        slow = 2.0 if number < 60 else 1.0
+        assert data.next_pass() == number
+        for i in rng.permutation(20)[:12]:
+            data.blocks[things[i]].append(Sample(float(latency[i]) * slow, number))
+        for _ in range(1 if number < 60 else 3):
+            data.reference.add(np.array([3.0, 4.0]) * slow, data.passes)
+    assert data.reference.total_ms() == pytest.approx(7.0)
+    slowness = data.slowness()
+    assert slowness == pytest.approx(np.repeat([2.0, 1.0], [60, 30]), rel=1e-3)
+    for i, thing in enumerate(things):
+        assert data.samples(thing, slowness).median_ms == pytest.approx(latency[i], rel=1e-3)
+
+
+def test_a_pass_of_few_sections_takes_the_reference_chain_after_it() -> None:
+    data = Measurements()
+    assert data.slowness().tolist() == []
+    ((thing, _), *_) = ((config, None) for config in searchable_ranges(SMALL).items())
+    for slow in (1.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.0, 1.0, 1.0):
+        data.blocks[thing, 100].append(Sample(0.4 * slow, data.next_pass()))
+        data.reference.add(np.array([2.0 * slow]), data.passes)
+    assert data.slowness().tolist() == [1.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.0, 1.0, 1.0]
+
+
+def test_every_chain_is_a_whole_network() -> None:
+    """Also where one shape alone is waited for: the other places give samples of what is known."""
+    machine = Machine()
+    engine = FakeEngine(machine)
+    data = Measurements()
+    profiler = ChainProfiler(SMALL, engine, machine.timer(), data, now_s=machine.now_s)
+    ends = [(key, width) for key, pair in searchable_ranges(SMALL).items() for width in pair]
+    profiler.measure(ends, StopRule(0.01, 4, 6), deadline_s=1e9)
+    before = {config: data.count(config) for config in ends}
+    passes = data.passes
+    key = ends[0][0]
+    alone = [(key, width) for width in (50, 60)]
+    profiler.measure(alone, StopRule(0.01, 10, 20), deadline_s=1e9)
+    assert all(data.count(config) >= 10 for config in alone)
+    added = sum(data.count(config) for config in data.blocks) - sum(before.values())
+    assert added == (data.passes - passes) * len(SMALL.layers)
+    places = sum(kind_of_layer(layer) == kind_of_key(key) for layer in SMALL.layers)
+    assert sum(data.count(config) for config in alone) == (data.passes - passes) * min(places, len(alone))
