@@ -13,7 +13,7 @@ import pytest
 import torch
 from tfnas.checkpoint import LATEST, load_checkpoint, save_checkpoint
 from tfnas.cli import main
-from tfnas.cli.codes import FAILED
+from tfnas.cli.codes import BAD_INPUT, FAILED
 from tfnas.files import write_bytes_atomically
 from tfnas.run import MetricsFile, read_metrics
 from tfnas.shortage import is_disk_full, is_out_of_memory
@@ -99,18 +99,28 @@ def test_a_full_disk_keeps_the_files_that_were_there(small_disk: Path) -> None:
 def test_metrics_on_a_full_disk(small_disk: Path) -> None:
     """The error comes at the line that does not fit, not again at the end; the lines before it can be read."""
     metrics = MetricsFile(small_disk / "metrics.jsonl")
-    metrics.append({"step": 1})
+    metrics.append({"kind": "step"})
     with pytest.raises(OSError) as raised:
         metrics.append({"text": "x" * 1_000_000})
     assert is_disk_full(raised.value)
     metrics.close()
-    assert read_metrics(small_disk / "metrics.jsonl") == [{"step": 1}]
+    assert read_metrics(small_disk / "metrics.jsonl") == [{"kind": "step"}]
 
 
-def test_standard_output_that_is_full_exits_1_without_a_traceback() -> None:
+@pytest.mark.parametrize("arguments", [["info"], ["--help"], ["--version"], ["lut"]])
+def test_standard_output_that_is_full_exits_1_without_a_traceback(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "tfnas", "info"]
+        command = [sys.executable, "-m", "tfnas", *arguments]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == FAILED
-    assert done.stderr.splitlines()[-1] == "tfnas info: error: [Errno 28] No space left on device"
+    name = " ".join(["tfnas", *(word for word in arguments if not word.startswith("-"))])
+    assert done.stderr.splitlines()[-1] == f"{name}: error: [Errno 28] No space left on device"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["scale", "tf-nas-a", "nothing", "30"]])
+def test_a_full_standard_error_changes_no_exit_code(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "tfnas", *arguments]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert done.returncode == BAD_INPUT

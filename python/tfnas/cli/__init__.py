@@ -7,12 +7,13 @@ of reach; 3 the derived network misses the target (only with `--derive paper`), 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentError
 
@@ -47,21 +48,9 @@ exit codes: 0 done, 1 failed on the way (loss not finite, memory, disk full), 2 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `tfnas COMMAND ...`; returns the exit code. `TFNAS_DEBUG=1` shows tracebacks of input errors too."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE.format(commands="\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())), end="")
-        return 0 if arguments else BAD_INPUT
-    if arguments[0] == "--version":
-        from tfnas.versions import software_versions
-
-        print(f"tfnas {software_versions()['tfnas']}")
-        return 0
-    command, *rest = arguments
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
-        print(f"tfnas: error: no command {command!r}; {hint}", file=sys.stderr)
-        return BAD_INPUT
-    return run_command(command, rest)
+    if arguments and arguments[0] in COMMANDS:
+        return run_command(arguments[0], arguments[1:])
+    return _guarded("tfnas", lambda: _without_command(arguments))
 
 
 def search_main() -> int:
@@ -76,26 +65,49 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     become options.
     """
     _wait_briefly()
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller (`>&-`)
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        stream = getattr(sys, name)
+    return _guarded(f"tfnas {command}", lambda: _call(command, list(arguments)))
+
+
+def _call(command: str, arguments: list[str]) -> int:
+    module = importlib.import_module(f"tfnas.cli.{command}")
+    if hasattr(module, "run"):
+        code: int = module.run(arguments)
+        return code
+    return run_function(f"tfnas {command}", getattr(module, command), arguments)
+
+
+def _without_command(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE.format(commands="\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())), end="")
+        return OK if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        from tfnas.versions import software_versions
+
+        print(f"tfnas {software_versions()['tfnas']}")
+        return OK
+    near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+    raise ValueError(f"no command {arguments[0]!r}; {hint}")
+
+
+def _guarded(name: str, call: Callable[[], int]) -> int:
+    """The exit code of `call`, whatever it raises and whatever state the standard streams are in."""
+    for stream_name in ("stdout", "stderr"):
+        if getattr(sys, stream_name) is None:  # closed by the caller (`>&-`)
+            setattr(sys, stream_name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, stream_name)
         if isinstance(stream, io.TextIOWrapper):
             # a name that the locale's encoding lacks must not end a command or its progress
             stream.reconfigure(errors="backslashreplace")
     try:
-        module = importlib.import_module(f"tfnas.cli.{command}")
-        if hasattr(module, "run"):
-            code: int = module.run(list(arguments))
-        else:
-            code = run_function(f"tfnas {command}", getattr(module, command), list(arguments))
+        code = call()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print(f"tfnas {command}: interrupted", file=sys.stderr)
+        _complain(f"{name}: interrupted")
         return INTERRUPTED
     except ProcessFailed as error:
-        print(f"tfnas {command}: {error}", file=sys.stderr)
+        _complain(f"{name}: {error}")
         return FAILED
     except BrokenPipeError:
         # The reader (`| head`) has seen enough.
@@ -107,12 +119,17 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
             raise
         if os.environ.get("TFNAS_DEBUG") == "1":
             raise
+        what = "not enough memory: " if is_out_of_memory(error) else ""
         if is_disk_full(error):
             _drop_output()
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        what = "not enough memory: " if is_out_of_memory(error) else ""
-        print(f"tfnas {command}: error: {what}{text}", file=sys.stderr)
+        _complain(f"{name}: error: {what}{text}")
         return FAILED if failed else BAD_INPUT
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # where nobody can be told, the exit code still says it
+        print(text, file=sys.stderr, flush=True)
 
 
 def _wait_briefly() -> None:
