@@ -26,6 +26,8 @@ _SECTIONS = (
     ("Configuration", sections.configuration),
     ("Versions", sections.versions),
 )
+_SIDE_BY_SIDE = (sections.latency, sections.accuracy, sections.operations, sections.widths)
+_HALF = ' class="half"'
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --text: #1b1b1b; --back: #fff; --soft: #777; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --back: #16181b; --soft: #999; } }
@@ -34,6 +36,8 @@ body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui
   background: var(--back); overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; }
+@media (min-width: 60rem) { main { display: grid; grid-template-columns: 1fr 1fr; gap: 0 2rem; }
+  section { grid-column: 1 / -1; min-width: 0; } section.half { grid-column: auto; } }
 svg { max-width: 100%; height: auto; display: block; }
 section > svg { max-width: 36rem; width: 100%; }
 svg text { fill: var(--text); font-size: 12px; } svg text.small { font-size: 11px; }
@@ -53,6 +57,9 @@ details td { white-space: normal; }
 .tiles.wide { grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
 .tiles svg { width: 100%; } figure { margin: 0; } figcaption { font-size: .85rem; color: var(--soft); }
 pre { overflow-x: auto; font-size: .8rem; }
+@media (max-width: 30rem) { body { padding: .8rem; } .facts { grid-template-columns: 1fr 1fr; }
+  table { font-size: .78rem; } th, td { padding: .2rem .25rem; } .bar { display: none; }
+  section > svg text { font-size: 14px; } .tiles:not(.wide) svg text { font-size: 13px; } }
 """
 
 
@@ -87,11 +94,14 @@ def write_report(folder: str | os.PathLike[str], pictures: bool = False) -> Path
 def page(run: RunData) -> str:
     """The page as HTML."""
     title = f"{run.space.name}, {run.facts.get('target_latency_ms', 0):.4g} ms: {run.folder.resolve().name}"
-    body = "".join(f"<section><h2>{escape(name)}</h2>{make(run)}</section>" for name, make in _SECTIONS)
+    body = "".join(
+        f"<section{_HALF if make in _SIDE_BY_SIDE else ''}><h2>{escape(name)}</h2>{make(run)}</section>"
+        for name, make in _SECTIONS
+    )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body><h1>{escape(title)}</h1>{body}</body></html>\n"
+        f"<body><h1>{escape(title)}</h1><main>{body}</main></body></html>\n"
     )

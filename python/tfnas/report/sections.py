@@ -14,6 +14,9 @@ from tfnas.report.run_data import RunData
 from tfnas.report.svg import COLORS, Frame, Series, color, grid, legend, line_chart, share_bars, stacked_areas
 from tfnas.space import Layer
 
+# the most telling first: a phone shows about six
+_COLUMNS = ("stage", "operation", "width", "ms", "latency share", "kernel", "expansion", "SE", "out", "stride")
+_SHARES = "<p>Probabilities from 0 to 1, one above the other; epochs from left to right.</p>"
 _SMALL = Frame(width=300, height=180, left=48, bottom=34)
 
 
@@ -51,23 +54,22 @@ def network(run: RunData) -> str:
     shares, table = run.shares_ms(), run.table
     total = table.base_ms + sum(shares)
     first = run.space.first_stage
-    head = "".join(
-        f"<th>{name}</th>"
-        for name in ("stage", "operation", "kernel", "expansion", "width", "SE", "out", "stride", "ms", "latency share")
-    )
-    rows = [_row(["stem, head", "", "", "", "", "", "", ""], table.base_ms, total)]
+    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+    rows = [_row(["", "stem, head", "", f"{table.base_ms:.4f}", _share(table.base_ms / total), *[""] * 5])]
     for (layer, op), ms in zip(run.architecture.layers(), shares, strict=True):
         cells = [
             f"{layer.stage + first}.{layer.position + 1}",
-            op.candidate,
+            escape(op.candidate),
+            f"{op.width} of {layer.max_width(layer.candidate_index(op.candidate))}",
+            f"{ms:.4f}",
+            _share(ms / total),
             f"{op.kernel_size}x{op.kernel_size}",
             f"{op.width / layer.in_channels:.2f}",
-            f"{op.width} of {layer.max_width(layer.candidate_index(op.candidate))}",
             str(op.se_channels or ""),
             str(layer.out_channels),
             str(layer.stride),
         ]
-        rows.append(_row(cells, ms, total))
+        rows.append(_row(cells))
     offset_ms, slope = table.correction
     note = ""
     if (offset_ms, slope) != (0.0, 1.0):
@@ -83,11 +85,13 @@ def network(run: RunData) -> str:
 def latency(run: RunData) -> str:
     """Expected and derived latency over epochs, against the target."""
     epochs = _epoch_numbers(run)
+    last, by_table = epochs[-1], run.table.architecture_ms(run.architecture)
     return line_chart(
         [
             Series("expected", epochs, [e["expected_latency_ms"] for e in run.epochs], COLORS[0]),
             Series("derived", epochs, [e["derived_latency_ms"] for e in run.epochs], COLORS[1]),
             Series("target", epochs, [e["target_latency_ms"] for e in run.epochs], COLORS[5], dashed=True),
+            Series("found network", [last], [by_table], COLORS[2], dots=True),
         ],
         "epoch",
         "latency (ms)",
@@ -127,7 +131,7 @@ def alphas(run: RunData) -> str:
     pictures = [
         stacked_areas(x, [a[layer.index].tolist() for a in alpha], _name(run, layer)) for layer in run.space.layers
     ]
-    return _candidates_legend(run) + f'<div class="tiles">{"".join(pictures)}</div>'
+    return _candidates_legend(run) + _SHARES + f'<div class="tiles">{"".join(pictures)}</div>'
 
 
 def betas(run: RunData) -> str:
@@ -147,7 +151,7 @@ def betas(run: RunData) -> str:
         for row, title in enumerate(titles)
         if beta[0][row].sum() > 0
     ]
-    return legend(entries) + f'<div class="tiles">{"".join(pictures)}</div>'
+    return legend(entries) + _SHARES + f'<div class="tiles">{"".join(pictures)}</div>'
 
 
 def operations(run: RunData) -> str:
@@ -250,10 +254,12 @@ def _measured(run: RunData) -> str:
     )
 
 
-def _row(cells: list[str], ms: float, total_ms: float) -> str:
-    share = ms / total_ms
-    bar = f'<span class="bar"><span style="width:{100 * share:.1f}%"></span></span>{100 * share:.1f} %'
-    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + f"<td>{ms:.4f}</td><td>{bar}</td></tr>"
+def _row(cells: list[str]) -> str:
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _share(share: float) -> str:
+    return f'<span class="bar"><span style="width:{100 * share:.1f}%"></span></span>{100 * share:.1f} %'
 
 
 def _mapping(title: str, values: dict[str, Any]) -> str:

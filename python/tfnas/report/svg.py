@@ -41,10 +41,11 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, frame: Fram
     points = [(x, v) for s in series for x, v in zip(s.x, s.values, strict=True) if v is not None]
     if not points:
         return '<p class="none">nothing was measured</p>'
-    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points), 6)
+    xs = [x for x, _ in points]
+    x_ticks = [t for t in ticks(min(xs), max(xs), frame.width // 50, whole=True) if min(xs) <= t <= max(xs)]
     y_ticks = ticks(min(v for _, v in points), max(v for _, v in points), 5)
-    x_of = _scale(x_ticks, frame.left, frame.width - frame.right)
-    y_of = _scale(y_ticks, frame.height - frame.bottom, frame.top)
+    x_of = _scale((min(xs), max(xs)), frame.left, frame.width - frame.right)
+    y_of = _scale((y_ticks[0], y_ticks[-1]), frame.height - frame.bottom, frame.top)
     parts = [_axes(frame, x_ticks, y_ticks, x_of, y_of, x_label, y_label)]
     for s in series:
         stroke = f'stroke="{s.color}"' + (' stroke-dasharray="6 4"' if s.dashed else "")
@@ -52,7 +53,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, frame: Fram
             path = " ".join(f"{x_of(x):.1f},{y_of(v):.1f}" for x, v in run)
             parts.append(f'<polyline points="{path}" fill="none" {stroke} stroke-width="2"/>')
             if s.dots or len(run) == 1:
-                parts += [f'<circle cx="{x_of(x):.1f}" cy="{y_of(v):.1f}" r="3" fill="{s.color}"/>' for x, v in run]
+                parts += [f'<circle cx="{x_of(x):.1f}" cy="{y_of(v):.1f}" r="3.5" fill="{s.color}"/>' for x, v in run]
     legend_html = legend([(s.name, s.color) for s in series]) if len(series) > 1 else ""
     return legend_html + _svg(frame.width, frame.height, parts, f"{y_label} over {x_label}")
 
@@ -133,24 +134,25 @@ def color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, about `count` of them."""
+def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+    """Round numbers from at most `low` to at least `high`, about `count` of them; on request `whole` ones only."""
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / max(1, count - 1)
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw * 0.999)
+    step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 
 class _scale:
-    """Maps the range of ticks linearly to a range of pixels."""
+    """Maps a range of values linearly to a range of pixels."""
 
-    def __init__(self, values: list[float], start: float, stop: float) -> None:
+    def __init__(self, values: tuple[float, float], start: float, stop: float) -> None:
         self._low, self._start = values[0], start
-        self._factor = (stop - start) / ((values[-1] - values[0]) or 1.0)
+        self._factor = (stop - start) / ((values[1] - values[0]) or 1.0)
 
     def __call__(self, value: float) -> float:
         return self._start + (value - self._low) * self._factor
