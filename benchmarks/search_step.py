@@ -1,6 +1,6 @@
 """How long is a step of the search? The native engine against the same supernet in plain PyTorch, interleaved.
 
-    python benchmarks/search_step.py --json result.json             # all cases below, about 8 minutes on two cores
+    python benchmarks/search_step.py --json result.json             # all cases below, about 20 minutes on two cores
     python benchmarks/search_step.py --cases 64x32 --steps W
     python benchmarks/search_step.py --cases 64x32 --steps W --compile
 
@@ -236,7 +236,7 @@ def parse_arguments() -> argparse.Namespace:
         "--clock", choices=["wall", "process"], default="wall", help="process: CPU time, on a busy machine, one thread"
     )
     parser.add_argument("--samples", type=int, default=10, help="at least this many each, time permitting")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time limit of each competitor")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time limit of each competitor")
     parser.add_argument("--compile", action="store_true", help="blocks under torch.compile compete too")
     parser.add_argument("--peak", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too")
     parser.add_argument("--peak-of", choices=[*OURS, *EAGER], help=argparse.SUPPRESS)
