@@ -258,6 +258,14 @@ def test_resume_with_another_configuration_names_the_keys(tmp_path: Path) -> Non
     assert "every_s" not in str(error.value)
 
 
+def test_resume_without_a_folder_begins_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for output in (None, ""):
+        with pytest.raises(ConfigError, match="--resume needs --output"):
+            RunFolder.open(load_config("quickstart", {"output": output, "resume": True}))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_output_may_not_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):

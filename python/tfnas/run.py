@@ -54,8 +54,11 @@ class RunFolder:
         `kind` reads the configuration that a run left there.
 
         Raises `ConfigError` where the folder cannot be written, where it belongs to a run and `resume` is off, where
-        another process works in it, or where the run to be resumed has another configuration (the keys are named).
+        another process works in it, or where the run to be resumed is not named, or has another configuration (the keys
+        are named).
         """
+        if config.resume and not config.output:
+            raise ConfigError("--resume needs --output, the folder of the run to go on with")
         try:
             path = _make_folder(Path(config.output)) if config.output else _make_fresh_folder(stem)
             lock = _lock(path)
