@@ -261,9 +261,13 @@ inline void pack_rows(Weight<const Compute<E>> weight, const Compute<E>* scale, 
       values[i] = row[(j + i) * weight.stride] * factor;
     return load_half(values);
   };
-  for (int64_t c = begin; c < end; c += kDepth<E>)
+  // Where a column is contiguous, a cache line of it is used up at once: at widths that are multiples of 256
+  // the lines of all columns fall into a few sets of the cache and would not last until the next row.
+  const int64_t rows = weight.stride == 1 ? kDepth<E> : kLanes;
+  for (int64_t first = begin; first < end; first += rows)
     for (int64_t j = 0; j < padded_count; j += 8)
-      store_packed<E>(out + c * padded_count + j * kDepth<E>, part(c, j), part(c + kDepth<E> - 1, j));
+      for (int64_t c = first; c < minimum(first + rows, end); c += kDepth<E>)
+        store_packed<E>(out + c * padded_count + j * kDepth<E>, part(c, j), part(c + kDepth<E> - 1, j));
 }
 
 // Rows [begin, end) of a gradient [..][padded count] to where the caller wants it.
