@@ -285,7 +285,7 @@ def test_run_brings_the_searchs_architecture_and_images(tmp_path: Path) -> None:
         (["--architecture", "tf-nas-b"], ["tf-nas-b", "tf-nas-a"]),
         (["--optimiser.lr", "1"], ["'optimiser.lr'", "'optimizer.lr'"]),
         (["--epochs", "0"], ["epochs", "at least 1"]),
-        (["--ema_decay", "1"], ["ema_decay"]),
+        (["--ema_decay", "1"], ["ema_decay", "0.999999999"]),
         (["--precision", "float16"], ["precision", "bfloat16"]),
         (["--optimizer.momentum", "0", "--optimizer.nesterov", "true"], ["nesterov", "momentum"]),
         (["--run"], ["--run"]),

@@ -7,7 +7,7 @@ published code; `configs/imagenet.yaml` names the source of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,14 @@ MAX_THREADS = 4096
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, what was expected and what came."""
+
+
+def check_bounds(bounds: Iterable[tuple[str, float | None, float, float]]) -> None:
+    """Raise `ConfigError` at the first (key, value, smallest, largest allowed value) out of range; None is no value."""
+    for key, value, low, high in bounds:
+        if value is not None and not (low <= value <= high):
+            wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ConfigError(f"{key} must be {wanted}, got {value}")
 
 
 @dataclass
@@ -269,10 +277,7 @@ class SearchConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        for key, value, low, high in _bounds(self):
-            if value is not None and not (low <= value <= high):
-                wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-                raise ConfigError(f"{key} must be {wanted}, got {value}")
+        check_bounds(_bounds(self))
         if self.warmup_epochs > self.epochs:
             raise ConfigError(f"warmup_epochs ({self.warmup_epochs}) must not exceed epochs ({self.epochs})")
         targets = self.target_latency_ms

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tfnas.config import MAX_THREADS, CheckpointConfig, ConfigError, DatasetConfig
+from tfnas.config import MAX_THREADS, CheckpointConfig, ConfigError, DatasetConfig, check_bounds
 from tfnas.config_io import CONFIG_FOLDER, ConfigKind
 
 
@@ -123,10 +123,7 @@ class TrainConfig:
     log: TrainLogConfig = field(default_factory=TrainLogConfig)
 
     def __post_init__(self) -> None:
-        for key, value, low, high in _bounds(self):
-            if value is not None and not (low <= value <= high):
-                wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise ConfigError(f"{key} must be {wanted}, got {value}")
+        check_bounds(_bounds(self))
         if self.optimizer.nesterov and self.optimizer.momentum == 0:
             raise ConfigError("optimizer.nesterov needs optimizer.momentum above 0, got 0")
 
