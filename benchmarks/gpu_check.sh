@@ -5,8 +5,8 @@
 #
 #     benchmarks/gpu_check.sh [--dry-run]
 #
-# Writes benchmarks/results/<gpu>/<date>-{step,kernels,data}.json. Where a check fails the rest still runs; the exit
-# status is then 1.
+# Writes benchmarks/results/<gpu>/<date>.json and a table of it, <date>.md, from <date>-{step,kernels,data}.json. Where
+# a check fails the rest still runs; the exit status is then 1.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry=${1:-}
@@ -32,7 +32,7 @@ else
 fi
 out=$results/$(date +%Y-%m-%d)
 
-run 180 "the native module compiles for this GPU" env TFNAS_CUDA=1 "$python" setup.py build_ext --inplace
+run 170 "the native module compiles for this GPU" env TFNAS_CUDA=1 "$python" setup.py build_ext --inplace
 [ ${#failed[@]} -eq 0 ] || { echo "nothing else can run"; exit 1; }
 run 20 "what can run here" "$python" -c \
   'import tfnas_ext; print(tfnas_ext.build_info(), *tfnas_ext.backend_report(), sep="\n")'
@@ -53,9 +53,10 @@ run 50 "each kernel against the bytes that it must move" \
   "$python" benchmarks/gpu_kernels.py --samples 5 --json "$out-kernels.json"
 run 30 "images per second of the data layer" \
   "$python" benchmarks/data_loading.py --device cuda --workers 0 --seconds 2 --output "$out-data.json"
+run 10 "one file and a table of all" "$python" benchmarks/gpu_summary.py "$out"
 if [ ${#failed[@]} -gt 0 ]; then
   printf '\nfailed: %s' "${failed[@]}"
   echo
   exit 1
 fi
-[ -n "$dry" ] || echo "wrote $out-step.json, $out-kernels.json, $out-data.json"
+[ -n "$dry" ] || echo "wrote $out.json and $out.md"

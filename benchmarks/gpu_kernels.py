@@ -30,14 +30,14 @@ from tfnas_ext.engine_cuda import CudaEngine
 
 
 class LayerBytes(NamedTuple):
-    """Sizes of a layer's tensors in bytes: narrow x and out, wide at the input's and at the output's resolution, y3."""
+    """Sizes of a layer's tensors in bytes: narrow x and out, wide at the output's resolution, all candidates' y3."""
 
     x: int
     out: int
-    wide_in: int
     wide_out: int
     y3: int
-    parts: int  # of dx, before the candidates' are added: float32 or wider
+    parts: int  # of dx, before its corrections: float32 or wider
+    dh1: int  # as wide_in where weight gradients are wanted, else 0: it is not written
 
 
 # Reads and writes of the kernels that touch activations, by their names in csrc/kernels.
@@ -53,9 +53,8 @@ FLOORS: dict[str, Callable[[LayerBytes], int]] = {
     "project_backward<.*0>": lambda b: b.y3 + b.wide_out,  # gradient of the gates
     "project_backward<.*1>": lambda b: b.y3 + 2 * b.wide_out,
     "outer_product<.*NormActivateGate": lambda b: b.wide_out + b.y3,
-    "depthwise_backward": lambda b: b.x + 2 * b.wide_out + b.wide_in,
-    "narrow_product<.*Scale": lambda b: b.wide_in + b.parts,
-    "outer_product<.*Scale": lambda b: b.wide_in + b.x,
+    "depthwise_backward": lambda b: b.x + 2 * b.wide_out + b.parts + b.dh1,
+    "outer_product<.*AsIs": lambda b: b.dh1 + b.x,
     "input_grad": lambda b: b.parts + 2 * b.x,
 }
 
@@ -66,17 +65,17 @@ def floor_of(kernel: str) -> str | None:
     return next((pattern for pattern in FLOORS if re.match(pattern, name)), None)
 
 
-def layer_bytes(engine: CudaEngine, index: int, x: Tensor, out: Tensor, widths: list[int]) -> LayerBytes:
+def layer_bytes(x: Tensor, out: Tensor, widths: list[int], weight_gradients: bool) -> LayerBytes:
     size = x.element_size()
     wide = sum((width + 7) // 8 * 8 for width in widths) * size
     pixels_in, pixels_out = x.numel() // x.shape[1], out.numel() // out.shape[1]
     return LayerBytes(
         x=x.numel() * size,
         out=out.numel() * size,
-        wide_in=pixels_in * wide,
         wide_out=pixels_out * wide,
         y3=out.numel() * size * len(widths),
-        parts=x.numel() * max(4, size) * len(widths),
+        parts=x.numel() * max(4, size),
+        dh1=pixels_in * wide if weight_gradients else 0,
     )
 
 
@@ -129,7 +128,7 @@ def measure_layers(engine: CudaEngine, images: Tensor, mixture: bool, samples: i
 
         both()
         widths = engine._widths[index] if mixture else engine._widths[index][-1:]
-        sizes = layer_bytes(engine, index, x, out, widths)
+        sizes = layer_bytes(x, out, widths, weight_gradients=not mixture)
         for kernel, microseconds in kernel_times_us(both, samples).items():
             pattern = floor_of(kernel)
             if pattern is not None:

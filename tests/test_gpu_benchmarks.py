@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 import subprocess
@@ -16,7 +17,7 @@ from naive_supernet import tiny_space
 from tfnas.supernet import Supernet
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("gpu_step", "gpu_kernels", "data_loading")
+SCRIPTS = ("gpu_step", "gpu_kernels", "data_loading", "gpu_summary")
 KERNELS = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "kernels").glob("*.cuh")))
 
 
@@ -41,7 +42,7 @@ def test_dry_run_lists_what_would_run() -> None:
     for path in re.findall(r"(?:tests|benchmarks)/\w+\.py", done.stdout):
         assert (ROOT / path).exists(), path
     limits = [int(seconds) for seconds in re.findall(r"at most (\d+) s", done.stdout)]
-    assert len(limits) == 9
+    assert len(limits) == 10
     assert sum(limits) <= 600
     assert subprocess.run(["benchmarks/gpu_check.sh", "--nonsense"], cwd=ROOT, capture_output=True).returncode == 2
 
@@ -78,8 +79,8 @@ def test_every_floor_is_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "void tfnas::cuda::project_backward<float, (tfnas::cuda::Math)1, 4, (tfnas::cuda::DzMode)1>(Args<float>)"
     assert kernels.floor_of(name) == "project_backward<.*1>"
     assert kernels.floor_of("void tfnas::cuda::finish_stats<float>(float*)") is None
-    sizes = kernels.LayerBytes(x=1, out=10, wide_in=100, wide_out=1000, y3=10000, parts=100000)
-    assert kernels.FLOORS["depthwise_backward"](sizes) == 2101
+    sizes = kernels.LayerBytes(x=1, out=10, wide_out=1000, y3=10000, parts=100000, dh1=100)
+    assert kernels.FLOORS["depthwise_backward"](sizes) == 102101
 
 
 def test_kernel_times_are_medians_of_one_profile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +113,26 @@ def test_profiled_events_have_names_and_times() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         torch.ones(3).sum()
     assert any(event.name == "aten::sum" and event.time_range.elapsed_us() > 0 for event in profile.events())
+
+
+def test_summary_of_what_is_there(tmp_path: Path) -> None:
+    step = {"step": "W", "precision": "tf32", "engine": "cuda graph", "median_ms": 1.5, "ratio_vs_best_plain": 8.25}
+    step |= {"peak_bytes": 2_400_000_000, "launches": 1, "synchronisations": 0}
+    kernel = {"step": "A", "dtype": "float32", "kernel": "expand_dw", "us": 1500, "gb_per_s": 2400.4}
+    results = {"step": [step], "kernels": [kernel | {"share_of_copy": 0.8}]}
+    for part, rows in results.items():
+        (tmp_path / f"day-{part}.json").write_text(json.dumps({"device": "GPU", "rows": rows}))
+    command = [sys.executable, "benchmarks/gpu_summary.py", str(tmp_path / "day")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    merged = json.loads((tmp_path / "day.json").read_text())
+    assert {part: result["rows"] for part, result in merged.items()} == results
+    lines = (tmp_path / "day.md").read_text().splitlines()
+    assert "| W | tf32 | cuda graph | 1.500 | 8.25 | 2.40 | 1 | 0 |" in lines
+    assert "| A | float32 | `expand_dw` | 1.500 | 2400 | 80 |" in lines
+    empty = subprocess.run([*command[:-1], str(tmp_path / "other")], cwd=ROOT, capture_output=True, text=True)
+    assert empty.returncode == 1
+    assert "none of its results" in empty.stderr
 
 
 def test_benchmarked_steps_compute_losses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 // Backward of the expand convolution and BN1. Their correction acts in narrow space (see docs/kernels.md):
 //   dx  = W1'^T dh1 - W1'^T m1 - Q (x - mu),   W1' = r1 W1,  Q = W1'^T diag(m2) W1'     (channels x channels)
 //   dW1 = r1 (G - M m1 mu^T - M diag(m2) W1' C),   G = dh1^T x
-// with m1 = mean(dh1), m2 = mean(dh1 h1). W1'^T dh1 is narrow_product with f = Scale, G is outer_product, Q
-// is `gram` over the rows of W1; what is left is here, and reads nothing wide.
+// with m1 = mean(dh1), m2 = mean(dh1 h1). W1'^T dh1 comes from depthwise_backward in parts, G is
+// outer_product, Q is `gram` over the rows of W1; what is left is here, and reads nothing wide.
 //
 // input_shift        block: 32 input channels; thread: one channel, every 8th active row.
 // input_grad         block: 32 pixels; x - mu staged once; a warp owns four pixels, a lane every 32nd
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(256) input_shift(CorrectionFactors<A> f, A* sh
 
 constexpr int kInputGradPixels = 32;
 
-// dx = sum of parts - shift - Q (x - mu) + residual * dout. parts [slots * splits][pixels][channels];
+// dx = sum of parts - shift - Q (x - mu) + residual * dout. parts [part_count][pixels][channels];
 // `residual` points to the factor of dout (sum of the mixture's weights, or 1), or is null. grid ceil(pixels
 // / 32), block 256, shared memory 32 * channels.
 template <class T>

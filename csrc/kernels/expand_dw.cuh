@@ -52,7 +52,7 @@ struct ExpandDwTile {
     in_width = (a.tile_width - 1) * a.stride + kernel_size;
     const int h = in_height < a.height ? in_height : a.height, w = in_width < a.width ? in_width : a.width;
     rows = ceil_div(a.tile_images * h * w, 16 * MT) * 16 * MT;
-    pitch = row_pitch<T, M>(a.channels);
+    pitch = a.expand ? row_pitch<T, M>(a.channels) : 0;  // without expansion x is not staged
   }
   __host__ __device__ int weights_at() const { return rows * pitch; }
   __host__ __device__ int map_at() const { return weights_at() + kChunk * pitch; }
@@ -244,7 +244,8 @@ inline constexpr int kExpandBlocks = S == 1 && M != Math::kFma ? 2 : 1;
 
 // grid (tiles, chunk runs), block 32 * WARPS.
 template <class T, Math M, int S, int MT, int WARPS, int RBH, int RBW>
-__global__ void __launch_bounds__(WARPS * 32, kExpandBlocks<M, S>) expand_dw(ExpandDwArgs<T> a) {
+__global__ void __launch_bounds__(WARPS * 32, kExpandBlocks<M, S> == 1 ? 0 : kExpandBlocks<M, S>)
+    expand_dw(ExpandDwArgs<T> a) {
   using Word = typename Operand<T, M>::Word;
   TFNAS_DYN_SHARED(Word, shared);
   const int choice = chosen(a.choice);

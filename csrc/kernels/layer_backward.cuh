@@ -12,10 +12,6 @@
 
 namespace tfnas::cuda {
 
-// The products of outer_product read their operands across, where bf16 is taken as tf32.
-template <Math M>
-inline constexpr Math kAcross = M == Math::kBf16 ? Math::kTf32 : M;
-
 template <class T, Math M, int S>
 DepthwiseBackwardArgs<T> depthwise_backward_args(const LayerArgs<T>& a, const LayerSizes& size,
                                                  size_t& shared_bytes) {
@@ -31,7 +27,7 @@ DepthwiseBackwardArgs<T> depthwise_backward_args(const LayerArgs<T>& a, const La
       },
       [&](const DepthwiseBackwardArgs<T>& tried) {
         const Tile sizes(tried, size.largest_kernel);
-        return tried.tiles() * (sizes.rows * (2.0 + a.in_channels / 8.0 + 2.0 * size.taps / (S * S)) +
+        return tried.tiles() * (sizes.rows * (2.0 + a.in_channels / 4.0 + 2.0 * size.taps / (S * S)) +
                                 8.0 * sizes.out_pixels);
       });
   return args;
@@ -46,8 +42,9 @@ struct BackwardScratch {
   A *dgate, *dpooled, *dsqueezed, *partial2, *means2, *partial1, *means1;
   A *weight_parts, *filter_parts, *q_parts, *correction, *shift, *dx_parts;
   int64_t out_run, outer_run_out, outer_run_in, row_run;
-  int out_runs, groups, outer_runs_out, outer_runs_in, row_runs, splits;
-  BackwardScratch(const LayerArgs<T>& a, const LayerGrads<T>& grads, int tiles, Arena& arena) {
+  int out_runs, groups, outer_runs_out, outer_runs_in, row_runs;
+  BackwardScratch(const LayerArgs<T>& a, const LayerGrads<T>& grads,
+                  const DepthwiseBackwardArgs<T>& depthwise, Arena& arena) {
     const LayerSizes size(a);
     const GramTiling tiling(a.in_channels);
     const int64_t active = size.active, outs = a.out_channels, ins = a.in_channels;
@@ -59,11 +56,12 @@ struct BackwardScratch {
     outer_run_in = run_length(size.in_pixels, fill, kOuterPixels);
     outer_runs_in = run_count(size.in_pixels, outer_run_in);
     row_run = run_length(active, 32, kGramPixels), row_runs = run_count(active, row_run);
-    splits = splits_for(size.in_pixels, size.chunks / size.slots);
+    const int64_t tiles = depthwise.tiles();
     const int64_t gates = size.widest_se ? a.batch * active : 0;
     dy3 = arena.take<T>(size.slots * size.out_pixels * outs);
     dh2 = arena.take<T>(size.out_pixels * active);
-    dh1 = arena.take<T>(a.expand || !grads.dx ? size.in_pixels * active : 0);  // else it is dx
+    // With expansion for G alone, which dW1 is made of; without it, it is dx.
+    dh1 = arena.take<T>((a.expand ? grads.weights() : !grads.dx) ? size.in_pixels * active : 0);
     output_parts = arena.take<A>(2 * size.slots * out_runs * outs);
     residual_parts = arena.take<A>(out_runs * outs);
     means3 = arena.take<A>(2 * size.slots * outs);
@@ -78,7 +76,8 @@ struct BackwardScratch {
     filter_parts = arena.take<A>(grads.weights() ? tiles * active * size.taps : 0);
     q_parts = arena.take<A>(int64_t{row_runs} * tiling.pairs() * tiling.tile * tiling.tile);
     correction = arena.take<A>(ins * ins), shift = arena.take<A>(ins);
-    dx_parts = arena.take<A>(grads.dx && a.expand ? size.slots * splits * size.in_pixels * ins : 0);
+    dx_parts =
+        arena.take<A>(grads.dx && a.expand ? depthwise.chunk_runs(size.chunks) * size.in_pixels * ins : 0);
   }
 };
 
@@ -107,9 +106,9 @@ int64_t layer_backward_strided(const LayerArgs<T>& a, const T* x, const T* dout,
   const LayerSizes size(a);
   size_t depthwise_bytes;
   DepthwiseBackwardArgs<T> depthwise = depthwise_backward_args<T, M, S>(a, size, depthwise_bytes);
-  const int tiles = depthwise.tiles(), slots = size.slots;
+  const int tiles = depthwise.tiles(), slots = size.slots, chunk_runs = depthwise.chunk_runs(size.chunks);
   Arena scratch_arena(scratch_base), saved_arena(saved_base);
-  const BackwardScratch<T> scratch(a, grads, tiles, scratch_arena);
+  const BackwardScratch<T> scratch(a, grads, depthwise, scratch_arena);
   const SavedLayer<T> saved(a, saved_arena);
   if (!scratch_base) return scratch_arena.bytes();
   const LayerTable* table = a.table;
@@ -195,15 +194,17 @@ int64_t layer_backward_strided(const LayerArgs<T>& a, const T* x, const T* dout,
                  count);
   }
 
-  // Depthwise: dh1 (or dx itself, without expansion).
+  // Depthwise, and the wide product of dx (without expansion dx itself).
   depthwise.x = x, depthwise.rstd1 = saved.rstd1, depthwise.shift1 = saved.shift1, depthwise.y2 = saved.y2;
   depthwise.dh2 = scratch.dh2, depthwise.mean2 = mean2, depthwise.rstd2 = rstd2, depthwise.means = means2;
-  depthwise.dh1 = a.expand || !grads.dx ? scratch.dh1 : grads.dx, depthwise.partial = scratch.partial1;
+  depthwise.dh1 = a.expand ? (grads.weights() ? scratch.dh1 : nullptr) : grads.dx ? grads.dx : scratch.dh1;
+  depthwise.dx_parts = a.expand && grads.dx ? scratch.dx_parts : nullptr;
+  depthwise.partial = scratch.partial1;
   depthwise.filter_parts = grads.weights() ? scratch.filter_parts : nullptr;
   auto* depthwise_kernel = depthwise_backward<T, M, S, kWarps, 2, 4>;
   allow_shared(depthwise_kernel, depthwise_bytes);
-  TFNAS_LAUNCH((depthwise_kernel), dim3(tiles, ceil_div(chunks, depthwise.chunks_per_block)),
-               dim3(32 * kWarps), depthwise_bytes, a.stream, depthwise);
+  TFNAS_LAUNCH((depthwise_kernel), dim3(tiles, chunk_runs), dim3(32 * kWarps), depthwise_bytes, a.stream,
+               depthwise);
   if (grads.weights()) {
     A *parts = scratch.filter_parts, *out = grads.depthwise;
     const int64_t count = int64_t{active} * size.taps;
@@ -232,41 +233,28 @@ int64_t layer_backward_strided(const LayerArgs<T>& a, const T* x, const T* dout,
     A *parts = scratch.q_parts, *correction = scratch.correction, *shift = scratch.shift,
       *dx_parts = scratch.dx_parts;
     const int64_t rows = active, run = scratch.row_run, one = 1;
-    const int runs = scratch.row_runs, splits = scratch.splits;
+    const int runs = scratch.row_runs;
     allow_shared(gram<A, CorrectionFactors<A>>, tiling.shared_bytes<A>());
     TFNAS_LAUNCH((gram<A, CorrectionFactors<A>>), dim3(runs, tiling.pairs()), dim3(kGramThreads),
                  tiling.shared_bytes<A>(), a.stream, factors, parts, rows, channels, run);
     TFNAS_LAUNCH((finish_gram<A>), dim3(ceil_div(tiling.tile * tiling.tile, 256), tiling.pairs()), dim3(256),
                  0, a.stream, parts, correction, runs, channels, one);
     TFNAS_LAUNCH((input_shift<A>), dim3(ceil_div(channels, 32)), dim3(32, 8), 0, a.stream, factors, shift);
-    using Product = ProductTile<T, M>;
-    NarrowProductArgs<T, Scale<T>> product{};
-    product.f = {scratch.dh1, saved.rstd1};
-    product.weights = a.expand, product.parts = dx_parts, product.table = table, product.choice = choice;
-    product.pixels = in_pixels, product.columns = channels, product.splits = splits;
-    auto* kernel = narrow_product<T, M, 4, 2, 4, Scale<T>>;
-    allow_shared(kernel, Product::kSharedBytes);
-    TFNAS_LAUNCH(
-        (kernel),
-        dim3(run_count(in_pixels, Product::kPixels), ceil_div(channels, Product::kColumns) * splits, slots),
-        dim3(Product::kThreads), Product::kSharedBytes, a.stream, product);
     const size_t bytes = kInputGradPixels * channels * sizeof(A);
     const A* residual = a.residual ? factor : nullptr;
     T* dx = grads.dx;
-    const int part_count = slots * splits;
     allow_shared(input_grad<T>, bytes);
     TFNAS_LAUNCH((input_grad<T>), dim3(run_count(in_pixels, kInputGradPixels)), dim3(256), bytes, a.stream,
-                 dx_parts, shift, correction, x, mean_x, dout, residual, dx, part_count, in_pixels, channels);
+                 dx_parts, shift, correction, x, mean_x, dout, residual, dx, chunk_runs, in_pixels, channels);
   }
   if (grads.weights()) {
-    OuterProductArgs<T, Scale<T>> outer{};
-    outer.f = {scratch.dh1, nullptr}, outer.narrow = x, outer.parts = scratch.weight_parts,
-    outer.table = table;
+    OuterProductArgs<T, AsIs<T>> outer{};
+    outer.f = {scratch.dh1}, outer.narrow = x, outer.parts = scratch.weight_parts, outer.table = table;
     outer.choice = choice, outer.pixels = in_pixels, outer.run = scratch.outer_run_in,
     outer.columns = channels;
     outer.active = active;
     const int runs = scratch.outer_runs_in;
-    TFNAS_LAUNCH((outer_product<T, kAcross<M>, Scale<T>>),
+    TFNAS_LAUNCH((outer_product<T, kAcross<M>, AsIs<T>>),
                  dim3(runs, ceil_div(channels, kOuterColumns), chunks), dim3(kOuterThreads), 0, a.stream,
                  outer);
     A *parts = scratch.weight_parts, *out = grads.expand;

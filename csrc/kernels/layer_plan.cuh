@@ -91,17 +91,31 @@ TileChoice choose_tile(int map_height, int map_width, int batch, int step_y, int
 // What `choose()` says for these sizes, chosen once: trying all tiles takes longer on the host than a launch.
 // `Kernel` is a type of the kernel's own.
 template <class Kernel, class Choose>
-TileChoice remembered_tile(const std::array<int64_t, 7>& sizes, Choose choose) {
+TileChoice remembered_tile(const std::array<int64_t, 8>& sizes, Choose choose) {
   static std::mutex mutex;
-  static std::map<std::array<int64_t, 7>, TileChoice> chosen;
+  static std::map<std::array<int64_t, 8>, TileChoice> chosen;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = chosen.find(sizes);
   return found != chosen.end() ? found->second : chosen.emplace(sizes, choose()).first->second;
 }
 
-// Gives `args` of a wide kernel the best tile of the layer and enough blocks to fill the card, no more: every
-// run of chunks stages x again. `bytes(tried)` and `work(tried)` describe the kernel, as in choose_tile.
-// Returns the shared memory of a block; `Kernel` is a type of the kernel's own.
+// How many chunks a block of a wide kernel takes, so that all blocks end soonest: the card runs `places` of
+// them at a time, and every run of chunks begins with work of about one chunk (it stages x, clears and writes
+// tiles).
+inline int chunks_per_block(int chunks, int tiles, int places) {
+  int best = chunks;
+  int64_t least = INT64_MAX;
+  for (int runs = 1; runs <= chunks; runs++) {
+    const int each = ceil_div(chunks, runs);
+    const int64_t waves = (int64_t{tiles} * runs + places - 1) / places;
+    if (waves * (each + 1) < least) best = each, least = waves * (each + 1);
+  }
+  return best;
+}
+
+// Gives `args` of a wide kernel the best tile of the layer and enough blocks to fill the card. `bytes(tried)`
+// and `work(tried)` describe the kernel, as in choose_tile. Returns the shared memory of a block; `Kernel` is
+// a type of the kernel's own.
 template <class Kernel, class T, class Args, class Bytes, class Work>
 size_t fit_tile(Args& args, const LayerArgs<T>& a, const LayerSizes& size, int map_height, int map_width,
                 int step_y, int step_x, int blocks, Bytes bytes, Work work) {
@@ -110,12 +124,13 @@ size_t fit_tile(Args& args, const LayerArgs<T>& a, const LayerSizes& size, int m
     tried.tile_height = y, tried.tile_width = x, tried.tile_images = images;
     return tried;
   };
-  const std::array<int64_t, 7> sizes{a.batch,
+  const std::array<int64_t, 8> sizes{a.batch,
                                      a.height,
                                      a.width,
                                      a.in_channels,
                                      args.stride,
                                      size.largest_kernel,
+                                     a.expand != nullptr,
                                      static_cast<int64_t>(a.device.shared_bytes)};
   const TileChoice tile = remembered_tile<Kernel>(sizes, [&] {
     return choose_tile(
@@ -124,8 +139,8 @@ size_t fit_tile(Args& args, const LayerArgs<T>& a, const LayerSizes& size, int m
         [&](int y, int x, int images) { return work(with(y, x, images)); });
   });
   args.tile_height = tile.height, args.tile_width = tile.width, args.tile_images = tile.images;
-  const int wanted = tile.height ? ceil_div(4 * a.device.multiprocessors, args.tiles()) : 1;
-  args.chunks_per_block = ceil_div(size.chunks, wanted < size.chunks ? wanted : size.chunks);
+  args.chunks_per_block =
+      tile.height ? chunks_per_block(size.chunks, args.tiles(), blocks * a.device.multiprocessors) : 1;
   return tile.shared_bytes;
 }
 

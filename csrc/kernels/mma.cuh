@@ -269,8 +269,18 @@ __device__ inline void warp_product(Acc<T> (&sum)[MT][NT][4], const typename Ope
   }
 }
 
-// The same product with operands read one value at a time through a(row, k) and b(column, k): for operands
-// that lie across (k is not the contiguous index). `M` must not be kBf16: bf16 values are exact in tf32.
+// How products read operands that lie across (k is not the contiguous index): bf16 values are exact in tf32.
+template <Math M>
+inline constexpr Math kAcross = M == Math::kBf16 ? Math::kTf32 : M;
+
+// A value of such an operand as Fragment::set takes it.
+template <Math M>
+__device__ inline unsigned across_word(float v) {
+  return M == Math::kTf32x3 ? __float_as_uint(v) : round_to_tf32(v);
+}
+
+// The same product with operands read one value at a time through a(row, k) and b(column, k). `M` must not be
+// kBf16, see kAcross.
 template <class A, Math M, int MT, int NT, class ReadA, class ReadB>
 __device__ inline void warp_product_across(A (&sum)[MT][NT][4], ReadA a, ReadB b, int depth) {
   static_assert(M != Math::kBf16);
@@ -296,7 +306,7 @@ __device__ inline void warp_product_across(A (&sum)[MT][NT][4], ReadA a, ReadB b
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const float v = a(16 * i + g + e % 2 * 8, k + t + e / 2 * 4);
-          fa[i].set(e, M == Math::kTf32 ? round_to_tf32(v) : __float_as_uint(v));
+          fa[i].set(e, across_word<M>(v));
         }
       }
 #pragma unroll
@@ -305,7 +315,7 @@ __device__ inline void warp_product_across(A (&sum)[MT][NT][4], ReadA a, ReadB b
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const float v = b(8 * j + g, k + t + e * 4);
-          fb.set(e, M == Math::kTf32 ? round_to_tf32(v) : __float_as_uint(v));
+          fb.set(e, across_word<M>(v));
         }
 #pragma unroll
         for (int i = 0; i < MT; i++) multiply<M>(sum[i][j], fa[i], fb);

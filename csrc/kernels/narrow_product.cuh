@@ -1,6 +1,5 @@
-// Wide to narrow: out[p, n] = sum over channels c of f(wide[p, c]) W[c, n], the product of the forward
-// project (f = BN2, activation and SE gate) and of the expand's input gradient (f = scaling by 1 / std of
-// BN1).
+// Wide to narrow, the forward project: out[p, n] = sum over channels c of f(y2[p, c]) W3[c, n], f being BN2,
+// activation and SE gate.
 //
 // Block: BM pixels x one run of output columns, and a share of the channels. f is applied once, while 32
 // channels are staged; W is staged transposed so that both operands run along the sum. A warp owns 16 pixels
@@ -22,16 +21,6 @@ struct NormActivateGate {
   __device__ Acc<T> operator()(const CandidateRows& rows, int v, int64_t pixel, Acc<T> y2) const {
     const Acc<T> a2 = activate(act, (y2 - mean2[v]) * rstd2[v]);
     return rows.se_channels ? a2 * gate[pixel / map * active + v] : a2;
-  }
-};
-
-// f of the expand's input gradient.
-template <class T>
-struct Scale {
-  const T* wide;
-  const Acc<T>* factor;  // per-channel vector, or null: no batch norm to undo
-  __device__ Acc<T> operator()(const CandidateRows&, int v, int64_t, Acc<T> value) const {
-    return factor ? value * factor[v] : value;
   }
 };
 

@@ -18,6 +18,13 @@ __device__ inline float store(__nv_bfloat16* p, float v) {
   return __bfloat162float(*p);
 }
 
+// The value as a tensor of T holds it.
+template <class T>
+__device__ inline Acc<T> as_stored(Acc<T> v) {
+  T place;
+  return store(&place, v);
+}
+
 // A group of neighbouring values, in one access.
 template <class Group>
 __device__ inline Group load_group(const void* p) {

@@ -14,6 +14,13 @@ namespace tfnas::cuda {
 
 constexpr int kOuterPixels = 32, kOuterColumns = 64, kOuterThreads = 128;
 
+// f of the expand.
+template <class T>
+struct AsIs {
+  const T* wide;
+  __device__ Acc<T> operator()(const CandidateRows&, int, int64_t, Acc<T> value) const { return value; }
+};
+
 template <class T, class F>
 struct OuterProductArgs {
   F f;

@@ -60,11 +60,11 @@ struct LayerRun {
   tfnas::cuda::BackwardScratch<T> scratch(bool weights) {
     size_t bytes;
     const tfnas::cuda::LayerSizes size(args);
-    const int tiles = args.stride == 1
-                          ? tfnas::cuda::depthwise_backward_args<T, M, 1>(args, size, bytes).tiles()
-                          : tfnas::cuda::depthwise_backward_args<T, M, 2>(args, size, bytes).tiles();
+    const auto depthwise = args.stride == 1
+                               ? tfnas::cuda::depthwise_backward_args<T, M, 1>(args, size, bytes)
+                               : tfnas::cuda::depthwise_backward_args<T, M, 2>(args, size, bytes);
     tfnas::cuda::Arena arena(backward_bytes.data());
-    return tfnas::cuda::BackwardScratch<T>(args, grads(weights), tiles, arena);
+    return tfnas::cuda::BackwardScratch<T>(args, grads(weights), depthwise, arena);
   }
 
  private:

@@ -157,9 +157,10 @@ void check(const char* name, const Shape& shape, const LayerTable& table, int ch
   const int tile_count = da.tiles();
   std::vector<A> filter_parts(int64_t{tile_count} * active * da.taps),
       partial1(int64_t{2} * tile_count * active), dfilter(active * da.taps), means1(2 * active);
-  da.filter_parts = filter_parts.data(), da.partial = partial1.data();
-  TFNAS_LAUNCH((depthwise_backward<T, M, S, kWarps, 2, 2>),
-               dim3(tile_count, ceil_div(chunks, tiles.chunks_per_block) + 1), dim3(32 * kWarps),
+  const int chunk_runs = da.chunk_runs(chunks) + 1;  // the last run has no chunk: its part of dx is zero
+  std::vector<A> dx_parts(chunk_runs * in_pixels * ins);
+  da.filter_parts = filter_parts.data(), da.partial = partial1.data(), da.dx_parts = dx_parts.data();
+  TFNAS_LAUNCH((depthwise_backward<T, M, S, kWarps, 2, 2>), dim3(tile_count, chunk_runs), dim3(32 * kWarps),
                (DepthwiseBackwardTile<T, M, kWarps>(da, largest).shared_bytes(largest)), 0, da);
   const A *filter_in = filter_parts.data(), *partial1_in = partial1.data();
   A *dfilter_data = dfilter.data(), *means1_data = means1.data();
@@ -171,7 +172,7 @@ void check(const char* name, const Shape& shape, const LayerTable& table, int ch
   expect_close("dW depthwise", dfilter, block.dfilter, tolerance);
   expect_close("dh1", dh1, block.dh1, tolerance);
 
-  // Expand: moments of x, wide product, correction, weight gradient.
+  // Expand: moments of x, correction, weight gradient.
   std::vector<double> mean_x(ins), covariance(ins * ins);
   for (int64_t p = 0; p < in_pixels; p++) {
     for (int i = 0; i < ins; i++) mean_x[i] += to_double(block.x[p * ins + i]) / in_pixels;
@@ -200,14 +201,6 @@ void check(const char* name, const Shape& shape, const LayerTable& table, int ch
                0, q_parts_in, q_data, runs, ins, one);
   TFNAS_LAUNCH((input_shift<A>), dim3(ceil_div(ins, 32)), dim3(32, 8), 0, 0, factors, shift_data);
 
-  using Product = NarrowProductTile<T, M, 2, 1, 2>;
-  NarrowProductArgs<T, Scale<T>> na{};
-  std::vector<A> dx_parts(int64_t{slots} * in_pixels * ins);
-  na.f = {dh1.data(), rstd1.data()}, na.weights = block.expand.data(), na.parts = dx_parts.data();
-  na.table = layer, na.choice = chosen, na.pixels = in_pixels, na.columns = ins, na.splits = 1;
-  TFNAS_LAUNCH((narrow_product<T, M, 2, 1, 2, Scale<T>>),
-               dim3(blocks_of(in_pixels, Product::kPixels), ceil_div(ins, Product::kColumns), slots),
-               dim3(Product::kThreads), Product::kSharedBytes, 0, na);
   std::vector<T> dx(in_pixels * ins);
   A total = 0;
   for (A weight : u) total += weight;
@@ -216,16 +209,15 @@ void check(const char* name, const Shape& shape, const LayerTable& table, int ch
   T* dx_data = dx.data();
   TFNAS_LAUNCH((input_grad<T>), dim3(blocks_of(in_pixels, kInputGradPixels)), dim3(256),
                kInputGradPixels * ins * sizeof(A), 0, dx_parts_in, shift_in, q_in, x_data, mu_data, dout_data,
-               total_data, dx_data, slots, in_pixels, ins);
+               total_data, dx_data, chunk_runs, in_pixels, ins);
   expect_close("dx", dx, block.dx, tolerance);
 
-  OuterProductArgs<T, Scale<T>> ga{};
+  OuterProductArgs<T, AsIs<T>> ga{};
   runs = blocks_of(in_pixels, outer_run);
   std::vector<A> g_parts(int64_t{runs} * active * ins), dexpand(active * ins);
-  ga.f = {dh1.data(), nullptr}, ga.narrow = x_data, ga.parts = g_parts.data(), ga.table = layer,
-  ga.choice = chosen;
+  ga.f = {dh1.data()}, ga.narrow = x_data, ga.parts = g_parts.data(), ga.table = layer, ga.choice = chosen;
   ga.pixels = in_pixels, ga.run = outer_run, ga.columns = ins, ga.active = active;
-  TFNAS_LAUNCH((outer_product<T, ACROSS, Scale<T>>), dim3(runs, ceil_div(ins, kOuterColumns), chunks),
+  TFNAS_LAUNCH((outer_product<T, ACROSS, AsIs<T>>), dim3(runs, ceil_div(ins, kOuterColumns), chunks),
                dim3(kOuterThreads), 0, 0, ga);
   const A* g_in = g_parts.data();
   A* dexpand_data = dexpand.data();
