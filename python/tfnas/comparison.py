@@ -13,7 +13,8 @@ from rich.table import Table
 
 from tfnas.architecture import load_architecture
 from tfnas.config_io import SEARCH
-from tfnas.files import write_bytes_atomically, write_text_atomically
+from tfnas.files import write_text_atomically
+from tfnas.pictures import new_figure, save_figure
 from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE, METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -76,18 +77,11 @@ def save_comparison(folder: Path, rows: Sequence[TargetRow]) -> list[str]:
     write_text_atomically(stem.with_suffix(".json"), json.dumps(values, indent=1) + "\n")
     write_text_atomically(stem.with_suffix(".md"), comparison_markdown(rows))
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return ["no comparison.png: it needs matplotlib (pip install 'tfnas-ext[plots]')"]
-    import io
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+        figure = new_figure(7, 4.5)
+    except ModuleNotFoundError as error:
+        return [f"no {COMPARISON_STEM}.png: {error}"]
     _draw(figure, rows)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    write_bytes_atomically(stem.with_suffix(".png"), picture.getvalue())
+    save_figure(stem.with_suffix(".png"), figure)
     return []
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from tfnas.bench.measure import Row
+from tfnas.pictures import new_figure, save_figure
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
@@ -47,16 +48,8 @@ def save_plot(path: str | Path, rows: Sequence[Row], title: str = "") -> None:
 
     Raises `ModuleNotFoundError` saying what to install where matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"drawing needs matplotlib ({error}): pip install 'tfnas-ext[plots]'", name="matplotlib"
-        ) from None
     names = list(rows[0].times_ms)
-    figure = Figure(figsize=(10, 1.5 + 0.22 * len(names) * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 1.5 + 0.22 * len(names) * len(rows))
     axis = figure.subplots()
     height = 0.8 / len(names)
     for number, name in enumerate(names):
@@ -71,7 +64,7 @@ def save_plot(path: str | Path, rows: Sequence[Row], title: str = "") -> None:
     axis.set_title(title, fontsize=9)
     axis.margins(x=0.1, y=0.01)
     figure.legend(fontsize=7, loc="outside lower right", ncols=len(names))
-    figure.savefig(path, dpi=110)
+    save_figure(path, figure)
 
 
 def _milliseconds(ms: float) -> str:

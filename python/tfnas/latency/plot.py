@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from tfnas.latency.lut import Curve, FloatArray
+from tfnas.pictures import new_figure, save_figure
 from tfnas.space import OpKey
 
 if TYPE_CHECKING:
@@ -66,20 +67,12 @@ def save_plot(path: str | Path, curves: Mapping[OpKey, Curve], title: str = "") 
 
     One panel per shape (resolution, channels, stride). Raises `ModuleNotFoundError` saying what to install.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"drawing curves needs matplotlib ({error}): pip install 'tfnas-ext[plots]'", name="matplotlib"
-        ) from None
     panels: dict[tuple[int, int, int, int], list[OpKey]] = {}
     for key in curves:
         panels.setdefault((key.resolution, key.in_channels, key.out_channels, key.stride), []).append(key)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5.5 * columns, 3.8 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.5 * columns, 3.8 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (shape, keys) in zip(axes, panels.items(), strict=False):
         for number, key in enumerate(keys):
@@ -91,7 +84,7 @@ def save_plot(path: str | Path, curves: Mapping[OpKey, Curve], title: str = "") 
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    save_figure(path, figure)
 
 
 def _draw(axis: Axes, curve: Curve, color: str, label: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfnas.pictures import new_figure, save_figure
 from tfnas.report.run_data import RunData
 from tfnas.report.svg import COLORS, color
 
@@ -17,20 +18,12 @@ def save_pictures(run: RunData) -> list[Path]:
 
     Raises `ModuleNotFoundError` saying what to install.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"pictures need matplotlib ({error}): pip install 'tfnas-ext[plots]'", name="matplotlib"
-        ) from None
     paths = []
     for name, draw in (("latency", _latency), ("accuracy", _accuracy), ("operations", _operations)):
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(7, 4)
         draw(figure, run)
         path = run.folder / f"{name}.png"
-        figure.savefig(path, dpi=110)
+        save_figure(path, figure)
         paths.append(path)
     return paths
 
