@@ -109,7 +109,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     [
         (["--only", "nothing"], "--only: no case's name contains 'nothing'"),
         (["--batch", "1"], "--batch must be at least 2, not 1"),
-        (["--threads", "0"], "--threads must be at least 1, not 0"),
+        (["--threads", "0"], "threads: expected 1 to 4096, got 0"),
         (["--seconds", "0"], "time_limit_s must be positive"),
         (["--space", "none-such"], "none-such"),
         (["--what", "network", "--architecture", "none-such"], "none-such"),
