@@ -37,7 +37,7 @@ class LayerBytes(NamedTuple):
     wide_out: int
     y3: int
     parts: int  # of dx, before its corrections: float32 or wider
-    dh1: int  # as wide_in where weight gradients are wanted, else 0: it is not written
+    dh1: int  # wide at the input's resolution where weight gradients are wanted, else 0: it is not written
 
 
 # Reads and writes of the kernels that touch activations, by their names in csrc/kernels.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+from tfnas.openmp import wait_briefly
 
-# as the commands do (`tfnas.cli`): tests that share their cores with other programs must not wait spinning
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+wait_briefly()  # as the commands do, before a test imports torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError
 from tfnas.cli.codes import BAD_INPUT, FAILED, INTERRUPTED, OK
 from tfnas.cli.functions import run_function
 from tfnas.interrupt import ProcessFailed
+from tfnas.openmp import wait_briefly
 from tfnas.shortage import is_disk_full, is_out_of_memory
 
 COMMANDS = {
@@ -64,7 +65,7 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     A module of this package has either `run(arguments) -> int` or a function of the command's name, whose parameters
     become options.
     """
-    _wait_briefly()
+    wait_briefly()
     return _guarded(f"tfnas {command}", lambda: _call(command, list(arguments)))
 
 
@@ -130,16 +131,6 @@ def _guarded(name: str, call: Callable[[], int]) -> int:
 def _complain(text: str) -> None:
     with contextlib.suppress(OSError):  # where nobody can be told, the exit code still says it
         print(text, file=sys.stderr, flush=True)
-
-
-def _wait_briefly() -> None:
-    """Let OpenMP's waiting threads sleep soon; works before torch loads OpenMP, and a user's own setting stays.
-
-    By default they spin for milliseconds. Where other programs use the cores, that keeps the thread waited for from
-    running: a search took two to seven times as long. On an idle machine the shorter wait costs nothing measurable.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _drop_output() -> None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from tfnas.config import MAX_THREADS
 from tfnas.latency.chain import Section
 from tfnas.space import OpKey
+from tfnas.threads import require_threads
 
 if TYPE_CHECKING:
     from tfnas.architecture import Architecture
@@ -49,8 +49,7 @@ class Conditions:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.batch < 1:
             raise ValueError(f"batch: expected at least 1, got {self.batch}")
-        if not 1 <= self.threads <= MAX_THREADS:
-            raise ValueError(f"threads: expected 1 to {MAX_THREADS}, got {self.threads}")
+        require_threads(self.threads)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
