@@ -66,7 +66,7 @@ def step_held_out(args: argparse.Namespace) -> dict[str, Any]:
         time_limit_s=args.budget_s / 2,
         seed=args.seed,
     )
-    scale = float(str(samples[0].facts["reference_ms"])) / float(table.header["reference_ms"])
+    scale = float(str(samples[0].facts["reference_ms"])) / float(table.header["reference_beside_widths_ms"])
     measured = np.array([s.median_ms for s in samples])
     predicted = np.array([table.latency_ms(key, width) for key, width in configs])
     error = np.abs(predicted * scale / measured - 1)

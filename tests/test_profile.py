@@ -120,16 +120,18 @@ def test_the_budget_holds_and_every_curve_is_covered(budget_s: float) -> None:
     assert machine.now_s() < budget_s + 3.0
 
 
-def test_an_interrupted_build_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("limit", "among"), [(4_000, "networks"), (16_000, "widths")])
+def test_an_interrupted_build_resumes(tmp_path: Path, limit: int, among: str) -> None:
     partial = tmp_path / "lut.json.partial"
     machine = Machine(noise=0.01)
-    engine = FakeEngine(machine, limit=4_000)
+    engine = FakeEngine(machine, limit=limit)
     options = ProfileOptions(budget_s=60.0)
     with pytest.raises(KeyboardInterrupt):
         build(machine, engine, options=options, partial=partial)
     kept = json.loads(partial.read_text())
     before = {(str(b["key"]), b["width"]): b["samples"] for b in kept["blocks"]}
-    assert len(before) > 20
+    assert len(before) > 20 if among == "widths" else not before
+    assert any(kept["networks"])
     engine.limit = None
     machine.speed = 1.3  # the second process runs slower all along
     table = build(machine, engine, options=options, partial=partial)
@@ -137,6 +139,9 @@ def test_an_interrupted_build_resumes(tmp_path: Path) -> None:
     for block in after["blocks"]:
         old = before.get((str(block["key"]), block["width"]), [])
         assert block["samples"][: len(old)] == old
+    for samples, old in zip(after["networks"], kept["networks"], strict=True):
+        assert samples[: len(old)] == old
+    assert table.header["additivity"]["mape"] < 0.02
     assert np.std(errors(table)) < 0.02
     assert table.header["seconds"] > kept["seconds"]
 
@@ -151,7 +156,7 @@ def test_a_partial_file_of_other_conditions_is_refused(tmp_path: Path) -> None:
     partial.write_text(partial.read_text()[:500])
     with pytest.raises(ValueError, match="truncated"):
         build(machine, partial=partial)
-    partial.write_text('{"partial_schema_version": 2, "conditions": {}}')
+    partial.write_text('{"partial_schema_version": 3, "conditions": {}}')
     with pytest.raises(ValueError, match=r"conditions|damaged"):
         build(machine, partial=partial)
 
@@ -161,7 +166,7 @@ def test_progress_counts_down() -> None:
     machine = Machine()
     build(machine, progress=seen.append)
     assert [p.phase for p in seen][-1] == "done"
-    assert {p.phase for p in seen} >= {"widths", "additivity", "done"}
+    assert {p.phase for p in seen} >= {"networks", "widths", "done"}
     left = [p.seconds_left for p in seen]
     assert left == sorted(left, reverse=True)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from profile_fakes import FakeEngine, Machine
+from tfnas.latency import chain_profiler
 from tfnas.latency.chain_profiler import ChainProfiler, kind_of_key, kind_of_layer
 from tfnas.latency.knots import searchable_ranges
 from tfnas.latency.measurements import Measurements, Sample
@@ -97,3 +101,27 @@ def test_every_chain_is_a_whole_network() -> None:
     assert added == (data.passes - passes) * len(SMALL.layers)
     places = sum(kind_of_layer(layer) == kind_of_key(key) for layer in SMALL.layers)
     assert sum(data.count(config) for config in alone) == (data.passes - passes) * min(places, len(alone))
+
+
+def test_every_visit_finds_its_activations_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up and timed passes of a visit share one place, the next visit has another."""
+    machine = Machine()
+    profiler = ChainProfiler(SMALL, FakeEngine(machine), machine.timer(), Measurements(), now_s=machine.now_s)
+    calls: list[int] = []
+    start = machine.calls
+
+    @contextlib.contextmanager
+    def counted(rng: np.random.Generator) -> Iterator[None]:
+        before = machine.calls
+        assert before == start + sum(calls)  # nothing runs between two visits
+        yield
+        calls.append(machine.calls - before)
+
+    monkeypatch.setattr(chain_profiler, "displaced_allocations", counted)
+    network = [FakeEngine(machine).section(1.0)]
+    profiler.measure_networks([network], StopRule(1e-9, 8, 8), deadline_s=1e9)
+    sections = len(SMALL.layers) + 2
+    assert calls == [1 + 2 * (1 + sections)] * 4
+    config = (next(iter(SMALL.keys)), 60)
+    profiler.measure([config], StopRule(1e-9, 40, 40), deadline_s=1e9)
+    assert set(calls[4:]) == {4 * sections}

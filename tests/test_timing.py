@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,12 @@ from tfnas_ext.timing import (
     median_interval_rank,
     smoothed_drift,
 )
-from tfnas_ext.timing_host import flush_cache, peak_resident_bytes, pinned_threads, set_allocator
+from tfnas_ext.timing_host import (
+    flush_cache,
+    peak_resident_bytes,
+    pinned_threads,
+    set_allocator,
+)
 
 
 class ScriptedClock:
@@ -256,6 +262,29 @@ def test_threads_are_pinned_and_restored() -> None:
 def test_allocator_settings_are_reported() -> None:
     settings = set_allocator()
     assert settings is None or settings["mmap_max"] == 0
+
+
+PLACES = """
+import contextlib, numpy as np, torch
+from tfnas_ext.timing_host import displaced_allocations, set_allocator
+
+set_allocator()
+rng = np.random.default_rng(3)
+for where in (displaced_allocations, contextlib.nullcontext, displaced_allocations):
+    found = set()
+    for _ in range(12):
+        with where(rng) if where is displaced_allocations else where():
+            found.add(torch.empty(1 << 21).data_ptr())
+    print(len(found))
+"""
+
+
+def test_displaced_allocations_lie_elsewhere(tmp_path: Path) -> None:
+    """In a process of its own: what a used heap has free decides where things lie."""
+    done = subprocess.run([sys.executable, "-c", PLACES], cwd=tmp_path, capture_output=True, text=True, check=True)
+    _, alike, displaced = map(int, done.stdout.split())
+    assert alike <= 2
+    assert displaced > 6
 
 
 def test_peak_resident_bytes_is_this_process_alone() -> None:

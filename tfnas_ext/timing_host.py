@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Protocol
 
+import numpy as np
 import torch
 
 # glibc's <malloc.h>: numbers of the parameters of mallopt(3).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 _FLUSH_BYTES = 64 << 20
+_HELD_BLOCKS, _HELD_BYTES = 16, (256 << 10, 8 << 20)
 
 
 class Clock(Protocol):
@@ -65,6 +67,21 @@ def set_allocator() -> dict[str, int] | None:
         "top_pad_bytes": (_TOP_PAD, 64 << 20),
     }
     return {name: value for name, (parameter, value) in wanted.items() if mallopt(parameter, value) == 1}
+
+
+@contextlib.contextmanager
+def displaced_allocations(rng: np.random.Generator) -> Iterator[None]:
+    """Hold blocks of random sizes while the body runs, so that what it allocates lies elsewhere than last time.
+
+    A network finds its activations at the same addresses in every pass, and how their physical pages happen to share
+    the caches can make a block take twice as long for as long as the process lives (seen at 112 x 112 with
+    channels_last). The median over several places is what another process can expect. Sizes are uniform, drawn from
+    `rng`; the body's first run touches fresh memory and should not be timed.
+    """
+    sizes = rng.uniform(*_HELD_BYTES, _HELD_BLOCKS)
+    held = [torch.empty(int(size), dtype=torch.uint8) for size in sizes]
+    yield
+    del held
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 Which configurations share a chain is drawn at random (seeded), least measured first: machine drift and the company a
 block keeps are spread over all of them alike. Places that nothing waits for are filled with what is known already:
-every chain is a whole network, and no pass is spent on a few sections. The reference chain runs once a visit.
+every chain is a whole network, and no pass is spent on a few sections. The reference chain runs once a visit. Every
+visit finds its activations at other addresses: samples differ by what such a place is worth, medians do not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tfnas.latency.engine import Engine
 from tfnas.latency.measurements import Config, Measurements, Sample, usable
 from tfnas.space import Layer, OpKey, Space
 from tfnas_ext.timing import Samples, StopRule
+from tfnas_ext.timing_host import displaced_allocations
 
 Kind = tuple[int, int, int, int, str]
 _LOOK_EVERY = 8  # visits between two looks at the stop rule, at first
@@ -101,25 +103,33 @@ class ChainProfiler:
                     break
 
     def measure_networks(
-        self, networks: Sequence[Sections], rule: StopRule, deadline_s: float, least: int = 3
+        self,
+        networks: Sequence[Sections],
+        rule: StopRule,
+        deadline_s: float,
+        least: int = 3,
+        *,
+        tick: Callable[[], None] = lambda: None,
     ) -> list[Samples]:
-        """Total time (ms) of whole networks, interleaved at random, drift divided out by the whole reference chain."""
-        totals: list[list[Sample]] = [[] for _ in networks]
-        waiting, met = list(range(len(networks))), set[int]()
-        while waiting:
-            for index in self.rng.permutation(waiting):
-                self.warm(networks[int(index)], self.warm_up)
-                for _ in range(self.repeats):
-                    pass_ = self.timer.run(networks[int(index)], self._input)
-                    # the reference chain's own numbers serve as the passes'
-                    totals[index].append(Sample(pass_.total_ms, self._run_reference(), bool(pass_.disturbed.any())))
-            drift = self.measurements.reference.total_drift()
+        """Total time (ms) of whole networks, interleaved at random, drift divided out by the whole reference chain.
+
+        The samples are in `measurements.networks`, which goes on from where it is: `networks` must be those it holds.
+        """
+        into = self.measurements.networks
+        into.totals += [[] for _ in range(len(networks) - len(into.totals))]
+        met = set[int]()
+        while True:
+            drift = into.drift()
             late = self.now_s() >= deadline_s
-            results = [usable(total, drift) for total in totals]
-            met |= {i for i in waiting if rule.met(results[i].values_ms)}
-            full = {i for i in waiting if len(totals[i]) >= (least if late else rule.max_samples)}
-            waiting = [i for i in waiting if i not in met and i not in full]
-        return [replace(samples, converged=i in met) for i, samples in enumerate(results)]
+            results = [usable(total, drift) for total in into.totals]
+            met |= {i for i, samples in enumerate(results) if samples.count and rule.met(samples.values_ms)}
+            enough = least if late else rule.max_samples
+            waiting = [i for i, total in enumerate(into.totals) if i not in met and len(total) < enough]
+            if not waiting:
+                return [replace(samples, converged=i in met) for i, samples in enumerate(results)]
+            for index in self.rng.permutation(waiting):
+                self._visit_network(networks[int(index)], into.totals[int(index)])
+                tick()
 
     def warm(self, sections: Sections, passes: int = 3) -> None:
         """Run a chain untimed: kernels are chosen and compiled, memory is allocated."""
@@ -143,12 +153,23 @@ class ChainProfiler:
                 sections.append(self._reference[1 + layer.index])
         places.append((len(sections), self.measurements.head))
         sections.append(self._head)
-        self.warm(sections, self.warm_up)
-        for _ in range(self.repeats):
-            pass_, number = self.timer.run(sections, self._input), self.measurements.next_pass()
-            for place, samples in places:
-                samples.append(Sample(float(pass_.sections_ms[place]), number, bool(pass_.disturbed[place])))
-        self._run_reference()
+        with displaced_allocations(self.rng):
+            self.warm(sections, self.warm_up)
+            for _ in range(self.repeats):
+                pass_, number = self.timer.run(sections, self._input), self.measurements.next_pass()
+                for place, samples in places:
+                    samples.append(Sample(float(pass_.sections_ms[place]), number, bool(pass_.disturbed[place])))
+            self._run_reference()
+
+    def _visit_network(self, network: Sections, total: list[Sample]) -> None:
+        reference = self.measurements.networks.reference
+        with displaced_allocations(self.rng):
+            self.warm(network, self.warm_up)
+            for _ in range(self.repeats):
+                pass_ = self.timer.run(network, self._input)
+                # the reference chain's own numbers serve as the passes'
+                number = reference.add(self.timer.run(self._reference, self._input).sections_ms)
+                total.append(Sample(pass_.total_ms, number, bool(pass_.disturbed.any())))
 
     def _queues(self, waiting: Sequence[Config]) -> dict[Kind, list[Config]]:
         """What may stand at each place, the first choice last: least measured of what waits, then of the others."""
@@ -162,10 +183,10 @@ class ChainProfiler:
             queue.sort(key=lambda config: (config not in first, self.measurements.count(config)), reverse=True)
         return queues
 
-    def _run_reference(self) -> int:
-        """One timed pass of the reference chain; returns its number."""
+    def _run_reference(self) -> None:
+        """One timed pass of the reference chain."""
         timed = self.timer.run(self._reference, self._input)
-        return self.measurements.reference.add(timed.sections_ms, self.measurements.passes)
+        self.measurements.reference.add(timed.sections_ms, self.measurements.passes)
 
     def _section(self, config: Config) -> Section:
         if config not in self._sections:

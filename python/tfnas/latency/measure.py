@@ -69,7 +69,7 @@ def measure_networks_ms(
         for network in networks:
             profiler.warm(network)
         results = profiler.measure_networks(networks, rule, now_s() + time_limit_s, least=3)
-    facts = {"reference_ms": data.reference.total_ms()} | conditions.as_dict()
+    facts = {"reference_ms": data.networks.reference.total_ms()} | conditions.as_dict()
     return [replace(samples, facts=facts) for samples in results]
 
 

@@ -22,7 +22,7 @@ from tfnas.latency.slowness import pass_slowness
 from tfnas.space import OpKey
 from tfnas_ext.timing import Samples
 
-PARTIAL_SCHEMA_VERSION = 2
+PARTIAL_SCHEMA_VERSION = 3
 Config = tuple[OpKey, int]
 # Fewer sections than this cannot tell how slow the machine was in their pass: the reference chain nearby does.
 _TELLING = 5
@@ -52,10 +52,23 @@ def _kept(samples: list[Sample]) -> list[Sample]:
 
 
 @dataclass
-class Measurements:
-    """Samples of sections by configuration, of stem and head, and the log of reference passes."""
+class NetworkMeasurements:
+    """Total times of whole networks, [networks][samples], and the reference passes that ran beside them, one each."""
 
     reference: ReferenceLog = field(default_factory=ReferenceLog)
+    totals: list[list[Sample]] = field(default_factory=list)
+
+    def drift(self) -> FloatArray:
+        """Slowness of every pass, [passes], 1 where the reference chain takes its median time."""
+        return self.reference.total_drift() if self.reference.passes_ms else np.ones(0)
+
+
+@dataclass
+class Measurements:
+    """Samples of sections by configuration, of stem and head, reference passes beside them; and whole networks."""
+
+    reference: ReferenceLog = field(default_factory=ReferenceLog)
+    networks: NetworkMeasurements = field(default_factory=NetworkMeasurements)
     blocks: dict[Config, list[Sample]] = field(default_factory=lambda: defaultdict(list))
     stem: list[Sample] = field(default_factory=list)
     head: list[Sample] = field(default_factory=list)
@@ -125,6 +138,8 @@ class Measurements:
             "passes": self.passes,
             "reference_ms": self.reference.passes_ms,
             "reference_after": self.reference.after,
+            "networks_reference_ms": self.networks.reference.passes_ms,
+            "networks": [[_row(s) for s in samples] for samples in self.networks.totals],
             "stem": [_row(s) for s in self.stem],
             "head": [_row(s) for s in self.head],
             "blocks": blocks,
@@ -144,9 +159,10 @@ class Measurements:
             raise ValueError(f"{path}: measured under other conditions ({said}); delete it or name another output")
         try:
             result = Measurements(
-                ReferenceLog(
-                    [[float(v) for v in row] for row in document["reference_ms"]],
-                    [int(after) for after in document["reference_after"]],
+                _log(document["reference_ms"], document["reference_after"]),
+                NetworkMeasurements(
+                    _log(document["networks_reference_ms"], [0] * len(document["networks_reference_ms"])),
+                    [[_sample(s) for s in samples] for samples in document["networks"]],
                 ),
                 stem=[_sample(s) for s in document["stem"]],
                 head=[_sample(s) for s in document["head"]],
@@ -163,6 +179,10 @@ class Measurements:
 
 def _row(sample: Sample) -> list[float]:
     return [round(sample.ms, 6), sample.pass_number, int(sample.disturbed)]
+
+
+def _log(passes_ms: list[Any], after: list[Any]) -> ReferenceLog:
+    return ReferenceLog([[float(v) for v in row] for row in passes_ms], [int(number) for number in after])
 
 
 def _sample(row: list[Any]) -> Sample:

@@ -1,8 +1,9 @@
 """Builds a latency table: adaptive widths, everything measured in context, additivity checked and corrected.
 
-The order of things: (1) rounds of width measurements, each curve's knots placed by bisection where interpolation was
-seen to be wrong; (2) random architectures measured whole, and the affine correction total = b0 + b1 * sum fitted to
-them. All samples go through a partial file, so that an interrupted build continues where it was.
+The order of things: (1) random architectures measured whole, while the process is as fresh as the one that will check
+the table; (2) rounds of width measurements, each curve's knots placed by bisection where interpolation was seen to be
+wrong. Then the affine correction total = b0 + b1 * sum is fitted to the networks. All samples go through a partial
+file, so that an interrupted build continues where it was.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tfnas.space import Space
 from tfnas_ext.timing import StopRule, Timer
 from tfnas_ext.timing_host import pinned_threads, set_allocator
 
-_WIDTHS_SHARE = 0.75  # of the budget; the rest measures whole networks
+_NETWORKS_SHARE = 0.25  # of the budget at most; the rest is for widths
 _ROUND_SHARE = 0.4  # of what is left of that, for one round of widths
 _PATIENCE = 8  # times as many samples of noisy widths, with the time that is left once all knots are placed
 _SAVE_EVERY_S = 5.0
@@ -181,8 +182,8 @@ class _Build:
 
     def run(self, allocator: dict[str, int] | None) -> LatencyTable:
         try:
-            self._measure_widths()
             archs, whole_ms = self._measure_networks()
+            self._measure_widths()
         finally:
             self._keep()  # Ctrl-C loses nothing
         table = LatencyTable(self._base_ms(), self._placement().curves())
@@ -194,7 +195,8 @@ class _Build:
             "mode": self.options.chosen_mode,
             "widths_measured": len(self.data.blocks),
             "seconds": round(self.spent_s, 1),
-            "reference_ms": self.data.reference.total_ms(),
+            "reference_ms": self.data.networks.reference.total_ms(),
+            "reference_beside_widths_ms": self.data.reference.total_ms(),
             "tolerance": self.options.tolerance,
             "seed": self.options.seed,
             "noise": noise,
@@ -213,20 +215,20 @@ class _Build:
         return replace(table, header=header, correction=correction)
 
     def _measure_widths(self) -> None:
-        share = 0.0
+        share = min(1.0, self.spent_s / self.options.budget_s)
         while True:
             room = self.options.max_widths - len(self.data.blocks)
             plan = self._placement().wanted()
             ends = [config for config in plan if config[1] in self.ranges[config[0]]]
             plan = plan[: max(room, 0)] or ends
-            share += (_WIDTHS_SHARE - share) * _ROUND_SHARE
-            late = self.now_s() >= self.deadline_s(_WIDTHS_SHARE)
+            share += (1.0 - share) * _ROUND_SHARE
+            late = self.now_s() >= self.deadline_s(1.0)
             if not plan or (late and not ends):
                 break
             self.profiler.measure(plan, self.rule, self.deadline_s(share), tick=self._tick)
             self._keep()
         patient = replace(self.rule, max_samples=_PATIENCE * self.rule.max_samples)
-        self.profiler.measure(list(self.data.blocks), patient, self.deadline_s(_WIDTHS_SHARE), tick=self._tick)
+        self.profiler.measure(list(self.data.blocks), patient, self.deadline_s(1.0), tick=self._tick)
 
     def _placement(self) -> KnotPlacement:
         """Where to measure next, by everything measured so far."""
@@ -243,16 +245,16 @@ class _Build:
 
     def _measure_networks(self) -> tuple[list[Architecture], FloatArray]:
         """Random architectures and their measured totals in ms."""
-        self._report("additivity", _WIDTHS_SHARE)
         archs = random_architectures(self.space, self.options.fit_architectures, seed=(self.options.seed, FITTING))
         networks = [self.engine.network(arch) for arch in archs]
-        measured = self.profiler.measure_networks(networks, self.rule, self.deadline_s(1.0))
+        deadline_s = self.deadline_s(_NETWORKS_SHARE)
+        measured = self.profiler.measure_networks(networks, self.rule, deadline_s, tick=lambda: self._tick("networks"))
         return archs, np.array([s.median_ms for s in measured])
 
-    def _tick(self) -> None:
+    def _tick(self, phase: str = "widths") -> None:
         if self.now_s() - self.saved_s >= _SAVE_EVERY_S:
             self._keep()
-        self._report("widths", self.spent_s / self.options.budget_s)
+        self._report(phase, self.spent_s / self.options.budget_s)
 
     def _noise(self) -> dict[str, Any]:
         slowness = self.data.slowness()

@@ -16,7 +16,7 @@ import torch
 from tfnas.latency.chain import Section, Sections
 from tfnas.latency.chain_profiler import ChainProfiler
 from tfnas.latency.measurements import Config, Sample
-from tfnas_ext.timing import Samples, StopRule, Timer
+from tfnas_ext.timing import Samples, Timer
 from tfnas_ext.timing_cuda import CudaTimer
 from tfnas_ext.timing_slope import measure_slope
 
@@ -33,11 +33,9 @@ class SlopeProfiler(ChainProfiler):
         self._chains: dict[Config | str, dict[int, Callable[[], object]]] = {}
         self._visits = 0
 
-    def measure_networks(
-        self, networks: Sequence[Sections], rule: StopRule, deadline_s: float, least: int = 3
-    ) -> list[Samples]:
+    def measure_networks(self, networks: Sequence[Sections], *args: Any, **kwargs: Any) -> list[Samples]:
         """As `ChainProfiler.measure_networks`, without time stamps inside the networks."""
-        return super().measure_networks([[composed(network)] for network in networks], rule, deadline_s, least)
+        return super().measure_networks([[composed(network)] for network in networks], *args, **kwargs)
 
     def _visit(self, waiting: Sequence[Config]) -> None:
         self._forget(set(self._chains) - set(waiting) - {"stem", "head"})
