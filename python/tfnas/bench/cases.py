@@ -12,6 +12,7 @@ from torch import nn
 
 import tfnas_ext.nn as fused
 from tfnas.architecture import Architecture, block_multiply_adds, count_multiply_adds, load_architecture
+from tfnas.latency.engine_torch import make_block
 from tfnas.network import MBInvRes, Network, build_network
 from tfnas.space import OpKey, Space
 
@@ -78,16 +79,7 @@ class BlockCase:
         )
 
     def plain(self) -> nn.Module:
-        key = self.key
-        return MBInvRes(
-            key.in_channels,
-            self.width,
-            key.out_channels,
-            kernel_size=key.kernel_size,
-            stride=key.stride,
-            se_channels=key.se_channels,
-            act=key.act,
-        )
+        return make_block(self.key, self.width)
 
     def fused(self, plain: nn.Module) -> nn.Module:
         assert isinstance(plain, MBInvRes)
