@@ -14,6 +14,7 @@ from tfnas.latency.conditions import make_engine
 from tfnas.latency.engine import Conditions, EngineUnavailable
 from tfnas.latency.knots import searchable_ranges
 from tfnas.latency.lut import LatencyTable
+from tfnas.latency.lut_io import table_from_dict, table_to_dict
 from tfnas.latency.measure import conditions_of, measure_network_ms, measure_networks_ms
 from tfnas.latency.measurements import Measurements
 from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, Progress, build_table
@@ -27,7 +28,10 @@ QUICK = ProfileOptions(budget_s=60.0, max_samples=12)
 def build(machine: Machine, engine: FakeEngine | None = None, **kwargs: object) -> LatencyTable:
     options = kwargs.pop("options", QUICK)
     engine = FakeEngine(machine) if engine is None else engine
-    return build_table(SMALL, options, engine=engine, timer=machine.timer(), now_s=machine.now_s, **kwargs)  # type: ignore[arg-type]
+    table = build_table(SMALL, options, engine=engine, timer=machine.timer(), now_s=machine.now_s, **kwargs)  # type: ignore[arg-type]
+    again = table_from_dict(json.loads(json.dumps(table_to_dict(table), allow_nan=False)))  # what is built can be kept
+    assert again.header == table.header
+    return again
 
 
 def errors(table: LatencyTable) -> np.ndarray:

@@ -118,7 +118,7 @@ def import_table(
     threads: int | None = None,
     dtype: str | None = None,
     layout: str | None = None,
-    mode: Literal["cold", "hot", "chain"] | None = None,
+    mode: Literal["cold", "hot", "chain", "slope"] | None = None,
 ) -> int:
     """Read somebody else's latency table and write it in this package's format.
 
@@ -133,7 +133,8 @@ def import_table(
         threads: CPU threads.
         dtype: Type of weights and activations.
         layout: Memory layout of the activations.
-        mode: Caches while measuring: `cold`, `hot`, or `chain` for blocks timed inside a network.
+        mode: Caches while measuring: `cold`, `hot`, `chain` for blocks timed inside a network, `slope` for the marginal
+            cost in a chain of copies.
 
     Returns:
         The exit code.

@@ -21,7 +21,7 @@ from tfnas.latency.lut_import import import_csv, import_ofa_yaml, import_publish
 from tfnas.space import ACTIVATIONS, OpKey
 
 SCHEMA_VERSION = 1
-MODES = ("cold", "hot", "chain")
+MODES = ("cold", "hot", "chain", "slope")
 
 # A block has three convolutions, and launching one kernel takes about 0.002 ms on any device.
 _IMPOSSIBLE_BLOCK_MS = 0.0005
@@ -166,7 +166,7 @@ def check_header(header: Mapping[str, Any]) -> None:
     """Check the fields of a header that have a meaning; others are free. Raises `LatencyTableError`.
 
     Counts (batch, resolution, threads) are integers >= 1, texts (device, engine, dtype...) non-empty strings, `mode`
-    one of cold, hot, chain. A field that is absent or None is not known, which is allowed.
+    one of `MODES`. A field that is absent or None is not known, which is allowed.
     """
     known = Fields(
         {name: value for name, value in header.items() if value is not None}, "header", optional=list(header)
