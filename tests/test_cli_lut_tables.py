@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_compare_as_text_and_json(table_file: Path, tmp_path: Path, capsys: pyte
     assert facts["scale"] == pytest.approx(1.5)
     assert facts["deviation_median"] < 1e-12
     assert facts["header"] == {"device": ["synthetic", "another"]}
+
+
+def test_names_are_no_markup(table_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets in names of files and devices are rich's markup, dollar signs are matplotlib's formulas."""
+    odd = tmp_path / "[bold] [_b] $x^$ [/i].json".replace("/", "")
+    table = dataclasses.replace(load_table(table_file), header={"device": "[/red] $_$", "engine": "[bold]"})
+    save_table(odd, table)
+    assert show(odd) == 0
+    shown = capsys.readouterr().out
+    assert f"{odd.name}, [/red] $_$, [bold]" in shown
+    assert compare(table_file, odd) == 0
+    assert f"{odd} takes 1.0000 of the time" in capsys.readouterr().out.replace("\n", "")
+    if importlib.util.find_spec("matplotlib"):
+        assert show(odd, curve="_k3_", png=tmp_path / "curves.png") == 0
 
 
 def test_import_and_export(table_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
 import os
 import random
@@ -10,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from damaged import damage
+from latency_tables import synthetic_table
 from tfnas.architecture import architecture_to_dict, load_architecture, save_architecture
 from tfnas.config_io import SEARCH, config_to_dict
+from tfnas.latency.lut import LatencyTable
+from tfnas.latency.lut_import import export_csv
+from tfnas.latency.lut_io import load_table, table_to_dict
+from tfnas.latency.measure import conditions_of
 from tfnas.published_config import from_published_config, to_published_config
 from tfnas.space_io import load_space, space_from_dict, space_to_dict
 from tfnas.train_config import TRAIN
@@ -38,6 +46,48 @@ def _config(folder: Path) -> tuple[Any, Callable[[Any], object]]:
     return to_published_config(arch), lambda data: from_published_config(data).keys()
 
 
+def _latency_table(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    table = synthetic_table(load_space("small"))
+    conditions = {"device_type": "cpu", "engine": "eager", "batch": 1, "threads": 1, "dtype": "float32"}
+    facts = {"reference_ms": 2.0, "noise": {"noisy": True}, "additivity": {"mape": 0.1}, "mode": "chain"}
+    good = table_to_dict(dataclasses.replace(table, header=conditions | facts))
+    good["curves"] = good["curves"][:2]
+
+    def read(data: Any) -> object:
+        (folder / "bad.json").write_text(json.dumps(data))
+        found = load_table(folder / "bad.json")
+        conditions_of(found.header)
+        return found.curves
+
+    return good, read
+
+
+def _latency_rows(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    """A CSV table, as its rows of fields."""
+    export_csv(
+        folder / "good.csv", LatencyTable(1.0, dict(list(synthetic_table(load_space("small")).curves.items())[:2]))
+    )
+    rows = list(csv.reader((folder / "good.csv").open()))
+
+    def read(data: Any) -> object:
+        with (folder / "bad.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([[row] if not isinstance(row, list) else row for row in data])
+        return load_table(folder / "bad.csv").curves
+
+    return rows, read
+
+
+def _latency_yaml(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    block = "expanded_conv-input:28x28x40-output:28x28x40-expand:{}-kernel:3-stride:1-idskip:1"
+    good = {block.format(ratio): {"mean": 0.1 * ratio} for ratio in (3, 6)}
+
+    def read(data: Any) -> object:
+        (folder / "bad.yaml").write_text(yaml.safe_dump(data))
+        return load_table(folder / "bad.yaml").curves
+
+    return good | {"Conv-input:224x224x3-output:112x112x32": {"mean": 2.0}}, read
+
+
 def _search_configuration(folder: Path) -> tuple[Any, Callable[[Any], object]]:
     return config_to_dict(SEARCH.load("quickstart")), SEARCH.from_dict
 
@@ -47,7 +97,16 @@ def _training_configuration(folder: Path) -> tuple[Any, Callable[[Any], object]]
 
 
 # reading a configuration takes fifty times as long as the others
-KINDS = {_architecture_file: 400, _space: 400, _config: 400, _search_configuration: 25, _training_configuration: 25}
+KINDS = {
+    _architecture_file: 400,
+    _space: 400,
+    _config: 400,
+    _latency_table: 300,
+    _latency_rows: 300,
+    _latency_yaml: 100,
+    _search_configuration: 25,
+    _training_configuration: 25,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -89,6 +89,14 @@ def test_csv_round_trip_is_exact_and_corrected(tmp_path: Path) -> None:
     assert again.latency_ms(KEY, 17) == pytest.approx(1.05 * 0.3)
 
 
+@pytest.mark.parametrize("export", [export_csv, export_published_pickle])
+def test_a_format_without_a_correction_is_not_given_a_base_below_0(tmp_path: Path, export: Any) -> None:
+    table = LatencyTable(1.25, small_table().curves, correction=(-2.0, 1.1))
+    with pytest.raises(LatencyTableError, match=r"base of 1\.25 ms would become -0\.625 ms"):
+        export(tmp_path / "t", table)
+    assert not list(tmp_path.iterdir())
+
+
 def test_pickle_round_trip_keeps_every_width_corrected(tmp_path: Path) -> None:
     table = small_table()
     export_published_pickle(tmp_path / "t.pkl", table)
@@ -317,6 +325,11 @@ def change(document: dict[str, Any], path: str, value: object) -> dict[str, Any]
         ("header/batch", 0, "header.batch"),
         ("header/mode", "warm", "cold, hot, chain"),
         ("header/unit", "seconds", "milliseconds"),
+        ("header/device_type", 3, "header.device_type"),
+        ("header/reference_ms", "2", "header.reference_ms: expected a number"),
+        ("header/reference_ms", 0, "header.reference_ms: expected a number above 0"),
+        ("header/noise", "noisy", "header.noise: expected a mapping"),
+        ("header/additivity", [1], "header.additivity: expected a mapping"),
         ("correction/slope", 0, "slope above 0"),
         ("correction/offset_ms", "0", "offset_ms"),
     ],
@@ -370,6 +383,7 @@ def test_seconds_are_refused_or_warned_about(tmp_path: Path) -> None:
 
 
 CSV_HEAD = "entry,resolution,in_channels,out_channels,kernel_size,stride,se_channels,act,width,latency_ms\n"
+CSV_BASE = "base,,,,,,,,,1.5\n"
 
 
 @pytest.mark.parametrize(
@@ -387,6 +401,17 @@ CSV_HEAD = "entry,resolution,in_channels,out_channels,kernel_size,stride,se_chan
         (CSV_HEAD + "base,,,,,,,,,1.5\nblock,28,40,40,3,1,0\n", "line 3"),
         (CSV_HEAD + "base,,,,,,,,,1.5\n" + 2 * "block,28,40,40,3,1,0,swish,8,0.5\n", "line 4.*twice"),
         (CSV_HEAD + "head,,,,,,,,,1.5\n", "base or block"),
+        pytest.param(CSV_HEAD + CSV_BASE + 'block,"' + 140_000 * "x", "after line 2: not CSV", id="quote left open"),
+        pytest.param('"' + 140_000 * "x", "not CSV", id="quote left open in the head"),
+        (CSV_HEAD + CSV_BASE + "block,-28,40,40,3,1,0,swish,8,0.5\n", "resolution: expected an integer of at least 1"),
+        (CSV_HEAD + CSV_BASE + "block,28,40,40,3,1,-4,swish,8,0.5\n", "se_channels: expected an integer of at least 0"),
+        (CSV_HEAD + CSV_BASE + "block,28,40,40,3,1,0,swish,8,1_0\n", "line 3: latency_ms: expected a number"),
+        (CSV_HEAD + CSV_BASE + "block,28,40,40,3,1,0,swish,8,0.5,0.5\n", "line 3: more fields than the 10 columns"),
+        pytest.param(
+            CSV_HEAD[:-1] + ",samples\n" + CSV_BASE + f"block,28,40,40,3,1,0,swish,8,0.5,{400 * '9'}\n",
+            "samples: expected 1 numbers",
+            id="samples-huge",
+        ),
     ],
 )
 def test_csv_faults_are_named(tmp_path: Path, text: str, words: str) -> None:
@@ -429,8 +454,8 @@ def test_proxylessnas_and_ofa_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("!!python/object/apply:os.mkdir ['ran']", "plain YAML"),
-        ("a: [", "plain YAML"),
+        ("!!python/object/apply:os.mkdir ['ran']", "not valid YAML"),
+        ("a: [", "not valid YAML"),
         ("- 1", "mapping"),
         ("expanded_conv-input:28x28x40: {mean: 1.0}", "block name"),
         (PROXYLESS.replace("mean: 0.5", "mean: .nan"), "above 0"),
@@ -438,6 +463,13 @@ def test_proxylessnas_and_ofa_yaml(tmp_path: Path) -> None:
         (PROXYLESS + "Conv-input:192x192x3-output:96x96x32: {mean: 1.0}", "several entries"),
         (PROXYLESS.replace("28x28x40-output", "28x14x40-output"), "square"),
         ("Conv-input:224x224x3-output:112x112x32: {mean: 2.0}", "none"),
+        (PROXYLESS.replace("mean: 0.5", "mean: !!timestamp x"), "not valid YAML"),  # PyYAML's AttributeError
+        (PROXYLESS.replace("mean: 0.5", "mean: !!bool x"), "not valid YAML"),  # and its KeyError
+        (PROXYLESS.replace("mean: 0.5", "mean: 2020-13-45"), "not valid YAML"),
+        pytest.param(PROXYLESS.replace("mean: 0.5", "mean: " + 400 * "1"), "above 0", id="mean-huge"),
+        (PROXYLESS.replace("mean: 0.5", "mean: 0.5, mean: 0.6"), "twice"),
+        (PROXYLESS.replace("expand:3-kernel:3", "expand:3-kernel:0"), "kernel_size: expected an integer of at least 1"),
+        (PROXYLESS.replace("expand:3-", "expand:" + 30 * "9" + "-"), "t.yaml: expected widths.*64 bits"),
     ],
 )
 def test_yaml_faults_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str) -> None:

@@ -160,7 +160,7 @@ def test_a_partial_file_of_other_conditions_is_refused(tmp_path: Path) -> None:
     partial.write_text(partial.read_text()[:500])
     with pytest.raises(ValueError, match="truncated"):
         build(machine, partial=partial)
-    partial.write_text('{"partial_schema_version": 3, "conditions": {}}')
+    partial.write_text('{"partial_schema_version": 4, "conditions": {}}')
     with pytest.raises(ValueError, match=r"conditions|damaged"):
         build(machine, partial=partial)
 

@@ -33,7 +33,8 @@ def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         else:
             _replace(Path(os.path.realpath(path)), data)
     except OSError as error:
-        error.filename, error.filename2 = os.fspath(path), None
+        error.filename = os.fspath(path)
+        del error.filename2  # the temporary file's, which None would show as "-> None"
         raise
 
 

@@ -73,7 +73,7 @@ class LiveProgress(Callback):
 
     def on_start(self, record: Record) -> None:
         for line in self._wording.start(record):
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, markup=False)
         total = record["epochs"] * record["steps_per_epoch"]
         self._task = self._progress.add_task(self._wording.task, total=total, completed=record["step"], figures="")
         self._progress.start()
@@ -88,17 +88,17 @@ class LiveProgress(Callback):
             )
 
     def on_epoch(self, record: Record) -> None:
-        self._console.print(self._wording.epoch(record), highlight=False)
+        self._console.print(self._wording.epoch(record), highlight=False, markup=False)
         if self._task is not None:
             self._progress.update(self._task, completed=record["step"])
 
     def on_end(self, record: Record) -> None:
         self.close()
         for line in self._wording.end(record):
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, markup=False)
 
     def on_message(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
         self._progress.stop()

@@ -6,12 +6,9 @@ runs/<name>/: `config.yaml` (complete), `lut.json`, `metrics.jsonl` (one JSON ob
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
-import warnings
-import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -21,6 +18,7 @@ from tfnas.config import ConfigError
 from tfnas.config_io import SEARCH, ConfigKind, config_to_dict, config_to_yaml
 from tfnas.fields import describe
 from tfnas.files import remove_unfinished, write_text_atomically
+from tfnas.locks import hold
 
 CONFIG_FILE = "config.yaml"
 TABLE_FILE = "lut.json"
@@ -191,27 +189,7 @@ def _make_fresh_folder(stem: str) -> Path:
 
 
 def _lock(path: Path) -> IO[str]:
-    lock = open(path / LOCK_FILE, "w")  # noqa: SIM115 - held until close()
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ConfigError(
-            f"output {path}: another process is at work there; wait for it or name another folder"
-        ) from None
-    except OSError as error:
-        warnings.warn(
-            f"{path}: this file system has no locks ({error}); keep other runs out of the folder", stacklevel=2
-        )
-    _held.add(lock)
+    lock = hold(path / LOCK_FILE)
+    if lock is None:
+        raise ConfigError(f"output {path}: another process is at work there; wait for it or name another folder")
     return lock
-
-
-def _let_go() -> None:
-    """In a forked process: leave locks to the parent. Data workers outlive a killed run by seconds."""
-    for lock in list(_held):
-        lock.close()
-
-
-_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
-os.register_at_fork(after_in_child=_let_go)

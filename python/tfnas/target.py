@@ -13,7 +13,7 @@ from tfnas.architecture import Architecture, Op, count_multiply_adds
 from tfnas.config import ConfigError, ProfileConfig, SearchConfig
 from tfnas.latency.compare import require_conditions
 from tfnas.latency.conditions import make_engine, make_timer
-from tfnas.latency.engine import Conditions, EngineUnavailable
+from tfnas.latency.engine import Conditions, EngineUnavailable, require_device
 from tfnas.latency.header import device_name, device_uuid
 from tfnas.latency.lut import LatencyTable, LatencyTableError
 from tfnas.latency.lut_io import load_table, save_table
@@ -197,6 +197,7 @@ def measured_latency_ms(arch: Architecture, table: LatencyTable) -> tuple[float 
         return None, "the latency table does not say which device it was measured on"
     conditions = table_conditions(header)
     try:
+        require_device(conditions.device)
         if header["device_uuid"] != device_uuid(conditions.device):
             return None, f"the latency table was measured on another device ({header.get('device')})"
         return measure_network_ms(arch, conditions).median_ms, None

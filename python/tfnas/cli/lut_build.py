@@ -5,16 +5,18 @@ from __future__ import annotations
 import json as json_format
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from tfnas.cli.codes import NOISY, OK
 from tfnas.config import SearchConfig
 from tfnas.config_io import DEFAULT_CONFIG, load_config
+from tfnas.interrupt import RunInterrupted, StopRequest
 from tfnas.latency.check import CheckResult, check_table
 from tfnas.latency.engine import Conditions
 from tfnas.latency.lut_io import load_table, save_table
-from tfnas.latency.measurements import partial_path
+from tfnas.latency.partial_file import own_partial
 from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, Progress, build_table
 from tfnas.space import Space
 from tfnas.space_io import load_space
@@ -37,7 +39,8 @@ def build(
 ) -> int:
     """Measure a latency table of a search space and write it.
 
-    An interrupted build leaves `OUTPUT.partial` and goes on from there when the same command is given again.
+    A build that is interrupted or killed leaves `OUTPUT.partial` and goes on from there when the same command is given
+    again.
 
     Args:
         output: Table to write (JSON).
@@ -49,7 +52,7 @@ def build(
         threads: CPU threads.
         dtype: Type of weights and activations.
         layout: Memory layout of the activations.
-        budget_s: Seconds to spend.
+        budget_s: Seconds to spend, at least; the fewest samples that a table needs are taken in any case.
         seed: Order of the measurements, and the architectures the correction is fitted on.
         strict: End with exit code 3 when the machine was too noisy; the table is written all the same.
         json: Print the table's header as one JSON object.
@@ -68,12 +71,19 @@ def build(
         layout=profile.layout if layout is None else layout,
     )
     options = ProfileOptions(conditions, budget_s=profile.budget_s if budget_s is None else budget_s, seed=seed)
-    partial = partial_path(output)
-    with warnings.catch_warnings(record=True) as caught:
+    chosen_space = _space(settings, space)
+    with own_partial(output) as partial, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NoisyMachineWarning)
-        table = build_table(_space(settings, space), options, partial=partial, progress=None if json else _print)
-    save_table(output, table)
-    partial.unlink()
+        try:
+            with StopRequest() as stop:
+                table = build_table(chosen_space, options, partial=partial, progress=_progress(stop, quiet=json))
+        except RunInterrupted as stopped:
+            kept = f"{partial} keeps what was measured, the same command goes on" if partial else "nothing was kept"
+            print(f"tfnas lut build: {stopped}; {kept}", file=sys.stderr)
+            return 128 + stopped.signal_number
+        save_table(output, table)
+        if partial is not None:
+            partial.unlink()
     for warning in caught:
         print(f"tfnas lut build: warning: {warning.message}", file=sys.stderr)
     if json:
@@ -148,10 +158,20 @@ def _device(settings: SearchConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _print(progress: Progress) -> None:
-    print(
-        f"\r{progress.phase}: {progress.widths} widths, {progress.seconds_left:.0f} s left at most ",
-        end="\n" if progress.phase == "done" else "",
-        file=sys.stderr,
-        flush=True,
-    )
+def _progress(stop: StopRequest, *, quiet: bool) -> Callable[[Progress], None]:
+    """Says how far a build is and, between two measurements, heeds signals."""
+
+    def report(progress: Progress) -> None:
+        is_last = progress.phase == "done"
+        ends_line = is_last or stop.signal_number is not None
+        if not quiet:
+            print(
+                f"\r{progress.phase}: {progress.widths} widths, {progress.seconds_left:.0f} s left at most ",
+                end="\n" if ends_line else "",
+                file=sys.stderr,
+                flush=True,
+            )
+        if stop.signal_number is not None and not is_last:
+            raise RunInterrupted(stop.signal_number, "interrupted")
+
+    return report

@@ -59,7 +59,7 @@ def show(lut: Path, space: str | None = None, curve: str = "", png: Path | None 
     console.print(_title(table, lut), highlight=False)
     for name, value in table.header.items():
         if value is not None:
-            console.print(f"  {name}: {value}", highlight=False, markup=False)
+            console.print(f"  {name}: {value}", highlight=False)
     offset_ms, slope = table.correction
     console.print(f"base {table.base_ms:.4f} ms; network = {offset_ms:+.4f} ms + {slope:.4f} x sum", highlight=False)
     if range_ms is not None:
@@ -96,7 +96,7 @@ def compare(first: Path, second: Path, json: bool = False) -> int:
         highlight=False,
     )
     for name, (theirs, ours) in found.header.items():
-        console.print(f"  {name}: {theirs} against {ours}", highlight=False, markup=False)
+        console.print(f"  {name}: {theirs} against {ours}", highlight=False)
     for path, keys in ((first, found.only_first), (second, found.only_second)):
         if keys:
             console.print(f"  only in {path}: {len(keys)} curves, such as {keys[0]}", highlight=False)
@@ -190,6 +190,7 @@ def _title(table: LatencyTable, path: Path) -> str:
 
 
 def _console() -> Console:
-    console = Console()
+    # names of files and devices may hold brackets, which are no markup
+    console = Console(markup=False)
     # a pipe has no width of its own: rows must not be wrapped for whatever reads them
-    return console if console.is_terminal else Console(width=200)
+    return console if console.is_terminal else Console(markup=False, width=200)

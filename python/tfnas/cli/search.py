@@ -49,9 +49,9 @@ def _search_targets(config: SearchConfig) -> int:
 
     result = search_targets(config)
     if is_first_process():
-        console = Console()
+        console = Console(markup=False)  # folders may have brackets in their names
         if not console.is_terminal:
-            console = Console(width=200)  # a file has no edge to wrap at
+            console = Console(markup=False, width=200)  # a file has no edge to wrap at
         console.print(comparison_table(result.rows))
         console.print(f"written to {result.folder}", highlight=False)
     return OK if all(row.met for row in result.rows) else TARGET_MISSED

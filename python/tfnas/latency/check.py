@@ -103,7 +103,7 @@ def check_table(
     )
     now_ms = np.array([samples.median_ms for samples in measured])
     then_ms, reference_ms = table.header.get("reference_ms"), measured[0].facts["reference_ms"]
-    scale = reference_ms / then_ms if then_ms and isinstance(reference_ms, float) else None
+    scale = reference_ms / then_ms if then_ms is not None and isinstance(reference_ms, float) else None
     at_equal_speed = additivity_report(predicted, now_ms / (scale or 1.0), (0.0, 1.0))
     raw = additivity_report(predicted, now_ms, (0.0, 1.0))
     result = CheckResult(
@@ -151,6 +151,6 @@ def _remarks(table: LatencyTable, conditions: Conditions) -> list[str]:
     for name, value in here.items():
         if header.get(name) not in (None, value):
             remarks.append(f"{name}: {header[name]} when built, {value} now")
-    if header.get("noise", {}).get("noisy"):
+    if (header.get("noise") or {}).get("noisy"):
         remarks.append("the table was built on a noisy machine")
     return remarks

@@ -6,7 +6,7 @@ import torch
 
 from tfnas.latency.chain import ChainTimer, HostChainTimer
 from tfnas.latency.chain_cuda import CudaChainTimer
-from tfnas.latency.engine import Conditions, Engine, EngineUnavailable
+from tfnas.latency.engine import Conditions, Engine, require_device
 from tfnas.latency.engine_fused import FusedEngine
 from tfnas.latency.engine_onnxruntime import OnnxruntimeEngine
 from tfnas.latency.engine_torch import TorchEngine
@@ -17,11 +17,7 @@ from tfnas_ext.timing_cuda import CudaDevice, CudaTimer
 
 def make_engine(space: Space, conditions: Conditions) -> Engine:
     """The engine that `conditions.engine` names. `EngineUnavailable` says why it cannot run here."""
-    if torch.device(conditions.device).type == "cuda" and not torch.cuda.is_available():
-        raise EngineUnavailable(
-            f"device {conditions.device!r}: torch {torch.__version__} sees no CUDA device here; profile on cpu, or on "
-            "the machine that has the GPU"
-        )
+    require_device(conditions.device)
     if conditions.engine in ("eager", "compile"):
         return TorchEngine(space, conditions)
     if conditions.engine == "fused":

@@ -27,6 +27,19 @@ class EngineUnavailable(ValueError):
     """The engine asked for cannot run here; the message says why and what to do."""
 
 
+def require_device(device: str) -> None:
+    """Raise `EngineUnavailable` for a CUDA device that torch does not see here, or not being built for CUDA."""
+    wanted = torch.device(device)
+    if wanted.type != "cuda":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (wanted.index or 0) >= count:
+        raise EngineUnavailable(
+            f"device {device!r}: torch {torch.__version__} sees {count or 'no'} CUDA device{'s'[: count != 1]} here; "
+            "profile on cpu, or on the machine that has the GPU"
+        )
+
+
 @dataclass(frozen=True)
 class Conditions:
     """Under what a latency was, or is to be, measured. `batch` images at a time, `threads` intra-op CPU threads."""

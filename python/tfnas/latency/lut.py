@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from tfnas.fields import describe
 from tfnas.space import OpKey, Space
 
 IntArray = npt.NDArray[np.int64]
@@ -165,13 +166,22 @@ class Curve:
 def _floats(name: str, values: Any, count: int, default: float | None = None) -> FloatArray:
     try:
         array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise LatencyTableError(f"{name}: expected {count} numbers, got {values!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise LatencyTableError(f"{name}: expected {count} numbers, got {describe(values)}") from error
     if default is not None and array.size == 0:
         array = np.full(count, default)
     if array.shape != (count,):
         raise LatencyTableError(f"{name}: expected {count} numbers, one per width, got {array.size}")
     return array
+
+
+def _check_key(key: OpKey) -> None:
+    for name, value in vars(key).items():
+        if name == "act":
+            continue
+        least = 0 if name == "se_channels" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise LatencyTableError(f"curve {key}: {name}: expected an integer of at least {least}, got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +205,8 @@ class LatencyTable:
             raise LatencyTableError(f"base_ms: expected a finite value >= 0, got {self.base_ms}")
         if not self.curves:
             raise LatencyTableError("curves: the table has none")
+        for key in self.curves:
+            _check_key(key)
         if len(self.correction) != 2 or not all(math.isfinite(c) for c in self.correction) or self.correction[1] <= 0:
             raise LatencyTableError(
                 f"correction: expected (offset in ms, slope above 0), both finite, got {tuple(self.correction)}"

@@ -8,14 +8,13 @@ from __future__ import annotations
 import collections
 import csv
 import io
-import math
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from tfnas.fields import describe
 from tfnas.files import write_bytes_atomically, write_text_atomically
@@ -23,6 +22,7 @@ from tfnas.latency.lut import Curve, LatencyTable, LatencyTableError
 from tfnas.latency.plain_pickle import load_plain_pickle
 from tfnas.published import parse_published_key, published_key
 from tfnas.space import ACTIVATIONS, OpKey
+from tfnas.strict_yaml import read_yaml
 
 _SHAPE_COLUMNS = ("resolution", "in_channels", "out_channels", "kernel_size", "stride", "se_channels")
 CSV_COLUMNS = ("entry", *_SHAPE_COLUMNS, "act", "kind", "period", "width", "latency_ms", "rel_stdev", "samples")
@@ -78,8 +78,8 @@ def export_published_pickle(path: str | Path, table: LatencyTable) -> None:
 
     Raises `LatencyTableError` where a shape has no name in that format.
     """
-    offset_ms, slope = table.correction
-    document: dict[str, Any] = collections.OrderedDict(base=float(offset_ms + slope * table.base_ms))
+    slope = table.correction[1]
+    document: dict[str, Any] = collections.OrderedDict(base=_corrected_base_ms(table))
     for key, curve in table.curves.items():
         widths = np.arange(curve.widths[0], curve.widths[-1] + 1)
         widths = widths[curve.covers(widths)]
@@ -103,10 +103,15 @@ def import_csv(path: str | Path) -> LatencyTable:
     except UnicodeDecodeError as error:
         raise LatencyTableError(f"{path}: not UTF-8 text ({error.reason})") from None
     reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        return _table_from_rows(path, reader)
+    except csv.Error as error:
+        raise LatencyTableError(f"{path}, after line {reader.line_num}: not CSV ({error})") from None
+
+
+def _table_from_rows(path: Path, reader: csv.DictReader[str]) -> LatencyTable:
     columns = reader.fieldnames or []
-    missing = [
-        name for name in CSV_COLUMNS if name not in columns and name not in ("kind", "period", "rel_stdev", "samples")
-    ]
+    missing = [name for name in CSV_COLUMNS if name not in columns and name not in _OPTIONAL_COLUMNS]
     if missing:
         hint = "; a column in seconds must be converted and named latency_ms" if "latency_ms" in missing else ""
         raise LatencyTableError(f"{path}: missing columns {', '.join(missing)} (found: {', '.join(columns)}){hint}")
@@ -116,6 +121,8 @@ def import_csv(path: str | Path) -> LatencyTable:
     for row in reader:
         where = f"{path}, line {reader.line_num}"
         try:
+            if None in row:
+                raise LatencyTableError(f"more fields than the {len(columns)} columns")
             latency_ms = _parse(float, row, "latency_ms")
             if row["entry"] == "base":
                 if base_ms is not None:
@@ -153,11 +160,11 @@ def import_csv(path: str | Path) -> LatencyTable:
 
 def export_csv(path: str | Path, table: LatencyTable) -> None:
     """Write the knots of a table as CSV (`CSV_COLUMNS`), the correction applied; the header is not kept."""
-    offset_ms, slope = table.correction
+    slope = table.correction[1]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, CSV_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerow({"entry": "base", "latency_ms": repr(float(offset_ms + slope * table.base_ms))})
+    writer.writerow({"entry": "base", "latency_ms": repr(_corrected_base_ms(table))})
     for key, curve in table.curves.items():
         shape = {name: getattr(key, name) for name in (*_SHAPE_COLUMNS, "act")}
         rows = zip(curve.widths, slope * curve.latency_ms, curve.rel_stdev, curve.samples, strict=True)
@@ -181,9 +188,11 @@ def import_ofa_yaml(path: str | Path) -> LatencyTable:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(_read_bytes(path))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise LatencyTableError(f"{path}: not a plain YAML file ({' '.join(str(error).split())})") from None
+        raw = read_yaml(path)
+    except ValueError as error:
+        raise LatencyTableError(" ".join(str(error).split())) from None
+    except OSError as error:
+        raise LatencyTableError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(raw, dict):
         raise LatencyTableError(f"{path}: expected a mapping of block names to latencies, got {type(raw).__name__}")
     blocks: dict[OpKey, dict[Any, Any]] = {}
@@ -191,7 +200,8 @@ def import_ofa_yaml(path: str | Path) -> LatencyTable:
     other_shortcut = 0
     for name, entry in raw.items():
         mean_ms = entry.get("mean") if isinstance(entry, dict) else None
-        if mean_ms is None or not _is_number(mean_ms) or not math.isfinite(mean_ms) or mean_ms <= 0:
+        # comparing instead of converting, which fails for integers of hundreds of digits
+        if mean_ms is None or not _is_number(mean_ms) or not 0 < mean_ms <= sys.float_info.max:
             raise LatencyTableError(f"{path}: {name!r}: expected a field 'mean' above 0 (ms), got {describe(entry)}")
         if not str(name).startswith("expanded_conv"):
             part = str(name).split("-", 1)[0]
@@ -210,9 +220,23 @@ def import_ofa_yaml(path: str | Path) -> LatencyTable:
             continue
         key, width = parsed
         blocks.setdefault(key, {})[width] = float(mean_ms)
-    curves = {key: _curve_from_entries(entries) for key, entries in blocks.items()}
+    try:
+        curves = {key: _curve_from_entries(entries) for key, entries in blocks.items()}
+    except LatencyTableError as error:
+        raise LatencyTableError(f"{path}: {error}") from None
     header = {"source": "OFA/ProxylessNAS YAML", "source_file": path.name, "dropped_other_shortcut": other_shortcut}
     return _table(path, sum(rest.values()), curves, header)
+
+
+def _corrected_base_ms(table: LatencyTable) -> float:
+    """What stands for the base where a format has no correction: all of it that belongs to no block."""
+    base_ms = float(table.total_ms(table.base_ms))
+    if base_ms < 0:
+        raise LatencyTableError(
+            f"this format has no correction: with the table's, {table.correction[0]:g} ms + {table.correction[1]:g} x "
+            f"sum, its base of {table.base_ms:g} ms would become {base_ms:g} ms, which no table may hold; keep the JSON"
+        )
+    return base_ms
 
 
 def _parse_yaml_block(name: str) -> tuple[OpKey, int] | None:
@@ -264,8 +288,10 @@ def _parse(kind: type, row: dict[str, Any], name: str, default: Any = None) -> A
     if default is not None and text in (None, ""):
         return default
     try:
+        if text is None or "_" in text:  # Python's own way to write numbers
+            raise ValueError
         return kind(text)
-    except (TypeError, ValueError):
+    except ValueError:
         what = "an integer" if kind is int else "a number"
         raise LatencyTableError(f"{name}: expected {what}, got {text!r}") from None
 

@@ -31,7 +31,9 @@ _KEY_FIELDS = ("resolution", "in_channels", "out_channels", "kernel_size", "stri
 _CURVE_FIELDS = ("key", "kind", "period", "widths", "latency_ms", "rel_stdev", "samples")
 _TABLE_FIELDS = ("schema_version", "unit", "header", "base_ms", "correction", "curves")
 _HEADER_COUNTS = ("batch", "resolution", "threads")
-_HEADER_TEXTS = ("device", "device_uuid", "engine", "dtype", "layout", "date")
+_HEADER_TEXTS = ("device", "device_type", "device_uuid", "engine", "dtype", "layout", "date")
+_HEADER_TIMES = ("reference_ms", "reference_beside_widths_ms")
+_HEADER_GROUPS = ("additivity", "noise")
 
 
 class LatencyUnitWarning(UserWarning):
@@ -165,8 +167,9 @@ def _numbers(fields: Fields, name: str, *, integers: bool) -> Any:
 def check_header(header: Mapping[str, Any]) -> None:
     """Check the fields of a header that have a meaning; others are free. Raises `LatencyTableError`.
 
-    Counts (batch, resolution, threads) are integers >= 1, texts (device, engine, dtype...) non-empty strings, `mode`
-    one of `MODES`. A field that is absent or None is not known, which is allowed.
+    Counts (batch, resolution, threads) are integers >= 1, texts (device, engine, dtype...) non-empty strings, times
+    (of the reference network) numbers above 0, `additivity` and `noise` mappings, `mode` one of `MODES`. A field that
+    is absent or None is not known, which is allowed.
     """
     known = Fields(
         {name: value for name, value in header.items() if value is not None}, "header", optional=list(header)
@@ -178,6 +181,12 @@ def check_header(header: Mapping[str, Any]) -> None:
         for name in _HEADER_TEXTS:
             if name in known:
                 known.text(name)
+        for name in _HEADER_TIMES:
+            if name in known and not known.number(name) > 0:
+                raise known.fail(name, "a number above 0")
+        for name in _HEADER_GROUPS:
+            if name in known and not isinstance(header[name], Mapping):
+                raise known.fail(name, "a mapping")
         if "mode" in known:
             known.choice("mode", MODES)
     except ValueError as error:

@@ -7,22 +7,23 @@ samples at once and divided out when they are read, so that a resumed build join
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tfnas.fields import Fields, describe
 from tfnas.files import read_json, write_text_atomically
 from tfnas.latency.chain import FloatArray, ReferenceLog
 from tfnas.latency.slowness import pass_slowness
 from tfnas.space import OpKey
 from tfnas_ext.timing import Samples
 
-PARTIAL_SCHEMA_VERSION = 3
+PARTIAL_SCHEMA_VERSION = 4
 Config = tuple[OpKey, int]
 # Fewer sections than this cannot tell how slow the machine was in their pass: the reference chain nearby does.
 _TELLING = 5
@@ -125,6 +126,12 @@ class Measurements:
         every = [s.disturbed for samples in (self.stem, self.head, *self.blocks.values()) for s in samples]
         return float(np.mean(every)) if every else 0.0
 
+    def fits(self, ranges: Mapping[OpKey, tuple[int, int]], sections: int, networks: int) -> bool:
+        """Whether all can be of a space: widths of its curves, sections of its reference chain, count of networks."""
+        widths = all(key in ranges and ranges[key][0] <= width <= ranges[key][1] for key, width in self.blocks)
+        lengths = {len(row) for log in (self.reference, self.networks.reference) for row in log.passes_ms}
+        return widths and len(self.networks.totals) in (0, networks) and lengths <= {sections}
+
     def save(self, path: str | os.PathLike[str], conditions: Mapping[str, Any]) -> None:
         """Write everything to `path` atomically; `conditions` are those it was measured under."""
         blocks = [
@@ -136,7 +143,8 @@ class Measurements:
             "conditions": dict(conditions),
             "seconds": self.seconds,
             "passes": self.passes,
-            "reference_ms": self.reference.passes_ms,
+            # a Ctrl-C may have come between the two
+            "reference_ms": self.reference.passes_ms[: len(self.reference.after)],
             "reference_after": self.reference.after,
             "networks_reference_ms": self.networks.reference.passes_ms,
             "networks": [[_row(s) for s in samples] for samples in self.networks.totals],
@@ -152,29 +160,39 @@ class Measurements:
         document = read_json(path)
         if not isinstance(document, dict) or document.get("partial_schema_version") != PARTIAL_SCHEMA_VERSION:
             raise ValueError(f"{path}: not a partial latency table of version {PARTIAL_SCHEMA_VERSION}; delete it")
-        then = document["conditions"]
-        differing = [k for k in sorted({*then, *conditions}) if then.get(k) != conditions.get(k)]
+        then, now = document.get("conditions"), json.loads(json.dumps(dict(conditions)))
+        if not isinstance(then, dict):
+            raise ValueError(f"{path}: damaged partial latency table (no conditions); delete it")
+        differing = [k for k in sorted({*then, *now}) if then.get(k) != now.get(k)]
         if differing:
-            said = ", ".join(f"{k}: {then.get(k)!r} there, {conditions.get(k)!r} now" for k in differing)
+            said = ", ".join(f"{k}: {describe(then.get(k))} there, {describe(now.get(k))} now" for k in differing)
             raise ValueError(f"{path}: measured under other conditions ({said}); delete it or name another output")
         try:
-            result = Measurements(
-                _log(document["reference_ms"], document["reference_after"]),
-                NetworkMeasurements(
-                    _log(document["networks_reference_ms"], [0] * len(document["networks_reference_ms"])),
-                    [[_sample(s) for s in samples] for samples in document["networks"]],
-                ),
-                stem=[_sample(s) for s in document["stem"]],
-                head=[_sample(s) for s in document["head"]],
-                seconds=float(document["seconds"]),
-                passes=int(document["passes"]),
-            )
-            for block in document["blocks"]:
-                key = OpKey(**block["key"])
-                result.blocks[key, int(block["width"])] = [_sample(s) for s in block["samples"]]
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+            return _measurements(document)
+        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: damaged partial latency table ({error!r}); delete it") from None
-        return result
+
+
+def _measurements(document: dict[str, Any]) -> Measurements:
+    numbers = Fields(document, "", optional=list(document))
+    passes = numbers.integer("passes", minimum=0)
+    reference = _log(document["reference_ms"], document["reference_after"])
+    beside_networks = document["networks_reference_ms"]
+    networks = NetworkMeasurements(
+        _log(beside_networks, [0] * len(beside_networks)),
+        [_samples(rows, len(beside_networks)) for rows in document["networks"]],
+    )
+    result = Measurements(
+        reference,
+        networks,
+        stem=_samples(document["stem"], passes),
+        head=_samples(document["head"], passes),
+        seconds=numbers.number("seconds"),
+        passes=passes,
+    )
+    for block in document["blocks"]:
+        result.blocks[OpKey(**block["key"]), int(block["width"])] = _samples(block["samples"], passes)
+    return result
 
 
 def _row(sample: Sample) -> list[float]:
@@ -182,14 +200,22 @@ def _row(sample: Sample) -> list[float]:
 
 
 def _log(passes_ms: list[Any], after: list[Any]) -> ReferenceLog:
-    return ReferenceLog([[float(v) for v in row] for row in passes_ms], [int(number) for number in after])
+    sections = {len(row) for row in passes_ms}
+    if len(passes_ms) != len(after) or len(sections) > 1 or sections == {0} or after != sorted(after):
+        raise ValueError("passes of the reference chain that do not match")
+    return ReferenceLog([[_above_zero(v) for v in row] for row in passes_ms], [int(number) for number in after])
 
 
-def _sample(row: list[Any]) -> Sample:
-    ms, pass_number, disturbed = row
-    return Sample(float(ms), int(pass_number), bool(disturbed))
+def _samples(rows: list[Any], passes: int) -> list[Sample]:
+    """The samples of one section; none may name a pass that never was."""
+    samples = [Sample(_above_zero(ms), int(number), bool(disturbed)) for ms, number, disturbed in rows]
+    if any(not 0 <= sample.pass_number < passes for sample in samples):
+        raise ValueError(f"a sample of a pass beyond the {passes} there were")
+    return samples
 
 
-def partial_path(output: str | os.PathLike[str]) -> Path:
-    """Where a build keeps its samples while it runs: beside the table it will write."""
-    return Path(f"{os.fspath(output)}.partial")
+def _above_zero(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"expected a finite number above 0, got {value!r}")
+    return number

@@ -83,7 +83,7 @@ def save_plot(path: str | Path, curves: Mapping[OpKey, Curve], title: str = "") 
         axis.legend(fontsize=7)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # names of files may hold dollar signs
     save_figure(path, figure)
 
 

@@ -26,12 +26,13 @@ from tfnas.latency.chain_cuda import CudaChainTimer
 from tfnas.latency.chain_profiler import ChainProfiler
 from tfnas.latency.conditions import make_engine, make_section_timer, make_timer
 from tfnas.latency.engine import Conditions, Engine
-from tfnas.latency.header import describe_conditions
+from tfnas.latency.header import describe_conditions, device_uuid
 from tfnas.latency.knots import KnotPlacement, searchable_ranges
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.measurements import Measurements
 from tfnas.latency.slope_profiler import SlopeProfiler
 from tfnas.space import Space
+from tfnas.space_io import space_to_dict
 from tfnas_ext.timing import StopRule, Timer
 from tfnas_ext.timing_host import pinned_threads, set_allocator
 
@@ -138,6 +139,20 @@ def build_table(
         return build.run(allocator)
 
 
+def _identity(space: Space, options: ProfileOptions) -> dict[str, Any]:
+    """What the samples of a partial file depend on: those of another build must not be mixed in."""
+    conditions = options.conditions
+    return {
+        **{f"space.{name}": value for name, value in space_to_dict(space).items()},
+        **conditions.as_dict(),
+        "device_uuid": device_uuid(conditions.device),
+        "torch": torch.__version__,
+        "mode": options.chosen_mode,
+        "seed": options.seed,
+        "fit_architectures": options.fit_architectures,
+    }
+
+
 class _Build:
     def __init__(
         self,
@@ -152,19 +167,16 @@ class _Build:
     ) -> None:
         self.space, self.options, self.engine, self.timer = space, options, engine, timer
         self.partial, self.progress, self.now_s = partial, progress, now_s
-        self.identity: dict[str, Any] = {
-            "space": space.name,
-            "curves": [str(key) for key in space.keys],
-            "mode": options.chosen_mode,
-        }
-        self.identity |= options.conditions.as_dict()
+        self.identity = _identity(space, options)
         resumed = partial is not None and os.path.exists(partial)
+        self.ranges = searchable_ranges(space)
         self.data = Measurements.load(partial, self.identity) if resumed and partial is not None else Measurements()
+        if not self.data.fits(self.ranges, len(space.layers) + 2, options.fit_architectures):
+            raise ValueError(f"{partial}: damaged partial latency table (it holds what this space has not); delete it")
         self.spent_before_s = self.data.seconds
         self.start_s = now_s()
         self.saved_s = self.start_s
         self.rule = StopRule(options.half_width, options.min_samples, options.max_samples, options.budget_s)
-        self.ranges = searchable_ranges(space)
         shared = (space, engine, timer, self.data)
         self.profiler = (
             SlopeProfiler(*shared, section_timer=section_timer, seed=options.seed, now_s=now_s)
