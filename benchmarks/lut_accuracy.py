@@ -10,7 +10,8 @@ What is printed, and written with `--json`:
               largest error, rank correlation (as `tfnas lut check`)
   agreement   every further table against the first: the common scale, and how far entries are apart after it
 
-Errors are at equal speed of the machine, as the reference network tells it (`scale`); the raw ones are given as well.
+Errors are at equal speed of the machine (`scale`), as the reference networks tell it, or for widths some that the table
+measured; the raw ones are given as well.
 `--prefix` names a command to start every measuring process with, for instance one that pins or prioritises it.
 """
 
@@ -58,17 +59,21 @@ def step_held_out(args: argparse.Namespace) -> dict[str, Any]:
     """Measure widths that the table interpolates and compare."""
     table = load_table(args.table)
     configs = held_out_widths(table, load_space(args.space), args.held_out, args.seed)
+    rng = np.random.default_rng((args.seed, 4))
+    knots = [(key, int(rng.choice(curve.widths))) for key, curve in table.curves.items()]
     samples = measure_blocks_ms(
         load_space(args.space),
-        configs,
+        [*configs, *knots],
         conditions_of(table.header),
         rule=StopRule(0.01, min_samples=12, max_samples=80),
         time_limit_s=args.budget_s / 2,
         seed=args.seed,
     )
-    scale = float(str(samples[0].facts["reference_ms"])) / float(table.header["reference_beside_widths_ms"])
     measured = np.array([s.median_ms for s in samples])
-    predicted = np.array([table.latency_ms(key, width) for key, width in configs])
+    predicted = np.array([table.latency_ms(key, width) for key, width in (*configs, *knots)])
+    # how fast the machine is today: one width of every curve that the table did measure
+    scale = float(np.median(measured[len(configs) :] / predicted[len(configs) :]))
+    samples, measured, predicted = samples[: len(configs)], measured[: len(configs)], predicted[: len(configs)]
     error = np.abs(predicted * scale / measured - 1)
     raw = np.abs(predicted / measured - 1)
     aligned = np.array([width % 16 == 0 for _, width in configs])

@@ -49,7 +49,7 @@ def _config(folder: Path) -> tuple[Any, Callable[[Any], object]]:
 def _latency_table(folder: Path) -> tuple[Any, Callable[[Any], object]]:
     table = synthetic_table(load_space("small"))
     conditions = {"device_type": "cpu", "engine": "eager", "batch": 1, "threads": 1, "dtype": "float32"}
-    facts = {"reference_ms": 2.0, "noise": {"noisy": True}, "additivity": {"mape": 0.1}, "mode": "chain"}
+    facts = {"reference_ms": [2.0, 3.0], "noise": {"noisy": True}, "additivity": {"mape": 0.1}, "mode": "chain"}
     good = table_to_dict(dataclasses.replace(table, header=conditions | facts))
     good["curves"] = good["curves"][:2]
 

@@ -74,7 +74,7 @@ def test_samples_of_another_machine_or_torch_are_not_mixed_in(
 
 
 def cut_reference(document: dict[str, Any]) -> None:
-    document["reference_ms"].pop()
+    document["reference"][0].pop()
 
 
 def late_pass(document: dict[str, Any]) -> None:
@@ -93,8 +93,8 @@ def width_out_of_range(document: dict[str, Any]) -> None:
     document["blocks"][0]["width"] = 10**6
 
 
-def shorter_reference(document: dict[str, Any]) -> None:
-    document["reference_ms"] = [row[:-1] for row in document["reference_ms"]]
+def reversed_reference(document: dict[str, Any]) -> None:
+    document["reference"].reverse()
 
 
 def fewer_networks(document: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ def other_schema(document: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "break_it",
     [
-        cut_reference, late_pass, negative_time, strange_curve, width_out_of_range, shorter_reference, fewer_networks,
+        cut_reference, late_pass, negative_time, strange_curve, width_out_of_range, reversed_reference, fewer_networks,
         conditions_list, other_schema,
     ],
 )  # fmt: skip

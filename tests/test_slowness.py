@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from profile_fakes import FakeEngine, Machine
 from tfnas.latency import chain_profiler
-from tfnas.latency.chain_profiler import ChainProfiler, kind_of_key, kind_of_layer
+from tfnas.latency.chain import ReferenceLog, speed_ratio
+from tfnas.latency.chain_profiler import ChainProfiler, kind_of_key, kind_of_layer, reference_networks
+from tfnas.latency.engine import Conditions
 from tfnas.latency.knots import searchable_ranges
 from tfnas.latency.measurements import Measurements, Sample
 from tfnas.latency.slowness import pass_slowness
@@ -65,8 +67,8 @@ def test_the_level_is_that_of_the_reference_chain() -> None:
         for i in rng.permutation(20)[:12]:
             data.blocks[things[i]].append(Sample(float(latency[i]) * slow, number))
         for _ in range(1 if number < 60 else 3):
-            data.reference.add(np.array([3.0, 4.0]) * slow, data.passes)
-    assert data.reference.total_ms() == pytest.approx(7.0)
+            data.reference.add(7.0 * slow, after=data.passes)
+    assert data.reference.medians_ms() == {0: pytest.approx(7.0)}
     slowness = data.slowness()
     assert slowness == pytest.approx(np.repeat([2.0, 1.0], [60, 30]), rel=1e-3)
     for i, thing in enumerate(things):
@@ -79,7 +81,7 @@ def test_a_pass_of_few_sections_takes_the_reference_chain_after_it() -> None:
     ((thing, _), *_) = ((config, None) for config in searchable_ranges(SMALL).items())
     for slow in (1.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.0, 1.0, 1.0):
         data.blocks[thing, 100].append(Sample(0.4 * slow, data.next_pass()))
-        data.reference.add(np.array([2.0 * slow]), data.passes)
+        data.reference.add(2.0 * slow, after=data.passes)
     assert data.slowness().tolist() == [1.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.0, 1.0, 1.0]
 
 
@@ -103,6 +105,35 @@ def test_every_chain_is_a_whole_network() -> None:
     assert sum(data.count(config) for config in alone) == (data.passes - passes) * min(places, len(alone))
 
 
+def test_reference_networks_differ_and_tell_the_drift_together() -> None:
+    log = ReferenceLog()
+    slow = np.repeat([1.0, 1.2, 1.0], 24)
+    for number, factor in enumerate(slow):
+        log.add((5.0, 9.0, 2.0)[number % 3] * factor, number % 3)
+    assert log.medians_ms() == {0: 5.0, 1: 9.0, 2: 2.0}
+    np.testing.assert_allclose(log.drift(), slow)
+    assert ReferenceLog().drift().shape == (0,)
+
+
+def test_one_lucky_reference_network_hardly_moves_the_scale() -> None:
+    then = dict.fromkeys(range(8), 10.0)
+    assert speed_ratio(then | {3: 10.8}, then) == pytest.approx(1.08 ** (1 / 8))
+    assert speed_ratio({i: 11.0 for i in then}, then) == pytest.approx(1.1)
+    assert speed_ratio({1: 11.0}, then) == pytest.approx(1.1)  # the others have not run yet
+    assert speed_ratio({9: 11.0}, then) is None
+
+
+def test_reference_networks_are_the_same_in_every_process() -> None:
+    first, again = FakeEngine(Machine()), FakeEngine(Machine())
+    networks = reference_networks(SMALL, first)
+    reference_networks(SMALL, again)
+    assert first.blocks_made == again.blocks_made
+    assert [len(network) for network in networks] == [len(SMALL.layers) + 2] * len(networks)
+    assert len(networks) > 4
+    compiled = FakeEngine(Machine(), conditions=Conditions(engine="compile"))
+    assert len(reference_networks(SMALL, compiled)) == 1
+
+
 def test_every_visit_finds_its_activations_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warm-up and timed passes of a visit share one place, the next visit has another."""
     machine = Machine()
@@ -120,7 +151,7 @@ def test_every_visit_finds_its_activations_elsewhere(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(chain_profiler, "displaced_allocations", counted)
     network = [FakeEngine(machine).section(1.0)]
     profiler.measure_networks([network], StopRule(1e-9, 8, 8), deadline_s=1e9)
-    sections = len(SMALL.layers) + 2
+    sections = len(SMALL.layers) + 2  # of a reference network, and of a chain
     assert calls == [1 + 2 * (1 + sections)] * 4
     config = (next(iter(SMALL.keys)), 60)
     profiler.measure([config], StopRule(1e-9, 40, 40), deadline_s=1e9)

@@ -29,7 +29,7 @@ def samples_of(partial: Path) -> dict[str, list[Any]]:
     kept = json.loads(partial.read_text())
     blocks = {f"block {block['key']} {block['width']}": block["samples"] for block in kept["blocks"]}
     networks = {f"network {number}": samples for number, samples in enumerate(kept["networks"])}
-    return blocks | networks | {name: kept[name] for name in ("stem", "head", "reference_ms", "networks_reference_ms")}
+    return blocks | networks | {name: kept[name] for name in ("stem", "head", "reference", "networks_reference")}
 
 
 def test_a_killed_build_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def _check_lines(result: CheckResult) -> list[str]:
         f"largest {100 * result.max_error:.1f} %, rank correlation {result.spearman:.3f}",
     ]
     if result.scale is not None:
-        lines.append(f"the reference network takes {result.scale:.3f} of its time when the table was built")
+        lines.append(f"the reference networks take {result.scale:.3f} of their time when the table was built")
     lines += [f"note: {remark}" for remark in result.remarks]
     lines.append("the table holds" if result.holds else "the table does not hold: " + "; ".join(result.reasons))
     return lines

@@ -2,15 +2,16 @@
 
 A block timed alone and hot is 13-32 % faster than the same block inside a network (caches, allocator). In a chain it
 meets the conditions of the real network, and the sections of one pass add up to the whole by construction.
-A *reference chain*, always the same network, runs every few passes: its speed in another process tells how fast the
-machine is then, and beside whole networks it takes the machine's drift out.
+*Reference networks*, always the same few, run in turn every few passes: their speed in another process tells how fast
+the machine is then, and beside whole networks it takes the machine's drift out. They are several, because where its
+weights lie makes a single network one or two percent faster or slower for as long as its process lives.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from tfnas_ext.timing_host import flush_cache
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
 Section = Callable[[torch.Tensor], torch.Tensor]
 Sections = Sequence[Section]
 
@@ -94,28 +96,40 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @dataclass
 class ReferenceLog:
-    """Every pass of the reference chain so far, [passes][sections] ms, in the order taken.
+    """Every pass of a reference network so far, in the order taken.
 
-    `after` says for each how many other passes had been numbered when it ran (`Measurements.next_pass`).
+    Of each pass its time in ms, which of the networks it was, and how many other passes had been numbered when it ran
+    (`Measurements.next_pass`).
     """
 
-    passes_ms: list[list[float]] = field(default_factory=list)
-    after: list[int] = field(default_factory=list)
+    passes: list[tuple[float, int, int]] = field(default_factory=list)
 
-    def add(self, sections_ms: FloatArray, after: int = 0) -> int:
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def add(self, total_ms: float, which: int = 0, after: int = 0) -> int:
         """Append one pass; returns its number."""
-        self.passes_ms.append([round(float(v), 6) for v in sections_ms])
-        self.after.append(after)
-        return len(self.passes_ms) - 1
+        self.passes.append((round(total_ms, 6), which, after))
+        return len(self) - 1
 
-    def totals_ms(self) -> FloatArray:
-        """Time of the whole reference chain in every pass, [passes]."""
-        return np.asarray(self.passes_ms).sum(axis=1)
+    def after(self) -> IntArray:
+        """How many other passes had been numbered before each, int64 [passes]."""
+        return np.array([after for _, _, after in self.passes], dtype=np.int64)
 
-    def total_drift(self) -> FloatArray:
-        """Slowness per pass over the whole reference chain, [passes]; 1 is the median of the log."""
-        return smoothed_drift(self.totals_ms(), window=3)
+    def medians_ms(self) -> dict[int, float]:
+        """Median time in ms of every reference network that ran."""
+        seen = sorted({which for _, which, _ in self.passes})
+        return {i: float(np.median([ms for ms, which, _ in self.passes if which == i])) for i in seen}
 
-    def total_ms(self) -> float:
-        """Median time of the whole reference chain in ms."""
-        return float(np.median(self.totals_ms()))
+    def drift(self) -> FloatArray:
+        """Slowness of the machine in every pass, float64 [passes]; 1 is the median of the log."""
+        if not self.passes:
+            return np.ones(0)
+        medians = self.medians_ms()
+        return smoothed_drift([ms / medians[which] for ms, which, _ in self.passes], window=3)
+
+
+def speed_ratio(now_ms: Mapping[int, float], then_ms: Mapping[int, float]) -> float | None:
+    """How much longer the reference networks take now than then, in the geometric mean; None without a common one."""
+    logs = [np.log(now_ms[i] / then_ms[i]) for i in now_ms if i in then_ms]
+    return float(np.exp(np.mean(logs))) if logs else None

@@ -2,7 +2,7 @@
 
 Which configurations share a chain is drawn at random (seeded), least measured first: machine drift and the company a
 block keeps are spread over all of them alike. Places that nothing waits for are filled with what is known already:
-every chain is a whole network, and no pass is spent on a few sections. The reference chain runs once a visit. Every
+every chain is a whole network, and no pass is spent on a few sections. A reference network runs once a visit. Every
 visit finds its activations at other addresses: samples differ by what such a place is worth, medians do not.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from tfnas.latency.chain import ChainTimer, Section, Sections
+from tfnas.latency.chain import ChainTimer, ReferenceLog, Section, Sections
 from tfnas.latency.engine import Engine
 from tfnas.latency.measurements import Config, Measurements, Sample, usable
 from tfnas.space import Layer, OpKey, Space
@@ -23,6 +23,8 @@ from tfnas_ext.timing import Samples, StopRule
 from tfnas_ext.timing_host import displaced_allocations
 
 Kind = tuple[int, int, int, int, str]
+_REFERENCES = 8
+_REFERENCE_SEED = 2008
 _LOOK_EVERY = 8  # visits between two looks at the stop rule, at first
 _LOOK_SHARE = 0.1  # later this share of all visits so far: looking takes longer the more there is to see
 
@@ -61,8 +63,9 @@ class ChainProfiler:
         self._input = engine.input()
         self._stem, self._head = engine.stem(), engine.head()
         self._sections: dict[Config, Section] = {}
-        self._reference = reference_sections(space, engine)
-        self.warm(self._reference)
+        self._references = reference_networks(space, engine)
+        for network in self._references:
+            self.warm(network)
 
     def measure(
         self,
@@ -111,7 +114,7 @@ class ChainProfiler:
         *,
         tick: Callable[[], None] = lambda: None,
     ) -> list[Samples]:
-        """Total time (ms) of whole networks, interleaved at random, drift divided out by the whole reference chain.
+        """Total time (ms) of whole networks, interleaved at random, drift divided out by the reference networks.
 
         The samples are in `measurements.networks`, which goes on from where it is: `networks` must be those it holds.
         """
@@ -119,7 +122,7 @@ class ChainProfiler:
         into.totals += [[] for _ in range(len(networks) - len(into.totals))]
         met = set[int]()
         while True:
-            drift = into.drift()
+            drift = into.reference.drift()
             late = self.now_s() >= deadline_s
             results = [usable(total, drift) for total in into.totals]
             met |= {i for i, samples in enumerate(results) if samples.count and rule.met(samples.values_ms)}
@@ -150,7 +153,7 @@ class ChainProfiler:
                 places.append((len(sections), self.measurements.blocks[config]))
                 sections.append(self._section(config))
             else:
-                sections.append(self._reference[1 + layer.index])
+                sections.append(self._references[0][1 + layer.index])
         places.append((len(sections), self.measurements.head))
         sections.append(self._head)
         with displaced_allocations(self.rng):
@@ -159,16 +162,15 @@ class ChainProfiler:
                 pass_, number = self.timer.run(sections, self._input), self.measurements.next_pass()
                 for place, samples in places:
                     samples.append(Sample(float(pass_.sections_ms[place]), number, bool(pass_.disturbed[place])))
-            self._run_reference()
+            self._run_reference(self.measurements.reference)
 
     def _visit_network(self, network: Sections, total: list[Sample]) -> None:
-        reference = self.measurements.networks.reference
         with displaced_allocations(self.rng):
             self.warm(network, self.warm_up)
             for _ in range(self.repeats):
                 pass_ = self.timer.run(network, self._input)
-                # the reference chain's own numbers serve as the passes'
-                number = reference.add(self.timer.run(self._reference, self._input).sections_ms)
+                # the reference passes' own numbers serve as the passes'
+                number = self._run_reference(self.measurements.networks.reference)
                 total.append(Sample(pass_.total_ms, number, bool(pass_.disturbed.any())))
 
     def _queues(self, waiting: Sequence[Config]) -> dict[Kind, list[Config]]:
@@ -183,10 +185,11 @@ class ChainProfiler:
             queue.sort(key=lambda config: (config not in first, self.measurements.count(config)), reverse=True)
         return queues
 
-    def _run_reference(self) -> None:
-        """One timed pass of the reference chain."""
-        timed = self.timer.run(self._reference, self._input)
-        self.measurements.reference.add(timed.sections_ms, self.measurements.passes)
+    def _run_reference(self, log: ReferenceLog) -> int:
+        """One timed pass of the reference network whose turn it is; returns its number in `log`."""
+        which = len(log) % len(self._references)
+        total_ms = self.timer.run(self._references[which], self._input).total_ms
+        return log.add(total_ms, which, self.measurements.passes)
 
     def _section(self, config: Config) -> Section:
         if config not in self._sections:
@@ -194,7 +197,20 @@ class ChainProfiler:
         return self._sections[config]
 
 
-def reference_sections(space: Space, engine: Engine) -> list[Section]:
-    """The reference chain: the full-depth network of the first candidate at its starting widths."""
-    blocks = [engine.block(layer.key(0), layer.start_width(0)) for layer in space.layers]
-    return [engine.stem(), *blocks, engine.head()]
+def reference_networks(space: Space, engine: Engine) -> list[list[Section]]:
+    """The reference networks of a space, the same in every process: all layers, operations and widths drawn at random.
+
+    The first one has the first candidates at their starting widths.
+    """
+    rng = np.random.default_rng(_REFERENCE_SEED)
+    networks = []
+    # where every block is compiled by itself, which takes seconds, one has to do
+    for number in range(1 if engine.conditions.engine == "compile" else _REFERENCES):
+        blocks = []
+        for layer in space.layers:
+            choices = [c for c, candidate in enumerate(layer.candidates) if not candidate.is_skip]
+            c = choices[int(rng.integers(len(choices)))] if number else 0
+            width = int(rng.integers(layer.min_width(c), layer.max_width(c) + 1)) if number else layer.start_width(0)
+            blocks.append(engine.block(layer.key(c), width))
+        networks.append([engine.stem(), *blocks, engine.head()])
+    return networks

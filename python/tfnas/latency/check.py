@@ -1,7 +1,7 @@
 """Does a latency table still hold? Other architectures than those its correction was fitted on, measured whole.
 
-Two questions are kept apart: whether the machine is as fast as it was (`scale`, told by the reference chain alone), and
-whether the table predicts networks at equal speed of the machine (`bias`, `mape`, `max_error`, `spearman`).
+Two questions are kept apart: whether the machine is as fast as it was (`scale`, told by the reference networks alone),
+and whether the table predicts networks at equal speed of the machine (`bias`, `mape`, `max_error`, `spearman`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from tfnas.latency.additivity import CHECKING, additivity_report, random_architectures
-from tfnas.latency.chain import ChainTimer
+from tfnas.latency.chain import ChainTimer, speed_ratio
 from tfnas.latency.engine import Conditions, Engine
 from tfnas.latency.header import device_name, device_uuid
 from tfnas.latency.lut import LatencyTable
@@ -38,10 +38,10 @@ class CheckLimits:
 class CheckResult:
     """Errors over whole networks as fractions of the measured latency: (predicted - measured) / measured.
 
-    `scale` is the machine's slowness now against when the table was built (1.03: 3 % slower), by the reference chain;
-    None where the table does not know it. `bias`, `mape`, `max_error` are at equal speed (measured / scale), `raw_bias`
-    and `raw_mape` as measured now. `half_width` is the median precision of the measured latencies themselves (95 %; 1
-    where there were too few samples to tell).
+    `scale` is the machine's slowness now against when the table was built (1.03: 3 % slower), by the reference
+    networks; None where the table does not know it. `bias`, `mape`, `max_error` are at equal speed (measured / scale),
+    `raw_bias` and `raw_mape` as measured now. `half_width` is the median precision of the measured latencies themselves
+    (95 %; 1 where there were too few samples to tell).
     """
 
     architectures: int
@@ -102,8 +102,9 @@ def check_table(
         now_s=now_s,
     )
     now_ms = np.array([samples.median_ms for samples in measured])
-    then_ms, reference_ms = table.header.get("reference_ms"), measured[0].facts["reference_ms"]
-    scale = reference_ms / then_ms if then_ms is not None and isinstance(reference_ms, float) else None
+    reference_ms = cast("dict[int, float]", measured[0].facts["reference_ms"])
+    then_ms = table.header.get("reference_ms")
+    scale = speed_ratio(reference_ms, dict(enumerate(then_ms))) if isinstance(then_ms, list) else None
     at_equal_speed = additivity_report(predicted, now_ms / (scale or 1.0), (0.0, 1.0))
     raw = additivity_report(predicted, now_ms, (0.0, 1.0))
     result = CheckResult(

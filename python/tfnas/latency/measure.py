@@ -34,8 +34,8 @@ def measure_network_ms(
 ) -> Samples:
     """Latency of a whole network in ms, one batch of `conditions.batch` images from input to logits.
 
-    The network gets random weights. Samples are drift-free (a reference network runs beside it); their `facts` hold
-    `reference_ms`, the reference's own median, by which a table built in another process can be compared.
+    The network gets random weights. Samples are drift-free (reference networks run beside it); their `facts` hold
+    `reference_ms`, the median of each, by which a table built in another process can be compared (`speed_ratio`).
     Not deterministic, being a measurement. Raises `EngineUnavailable` where the conditions cannot be met.
     """
     rule = StopRule(half_width, min_samples, time_limit_s=time_limit_s)
@@ -69,7 +69,7 @@ def measure_networks_ms(
         for network in networks:
             profiler.warm(network)
         results = profiler.measure_networks(networks, rule, now_s() + time_limit_s, least=3)
-    facts = {"reference_ms": data.networks.reference.total_ms()} | conditions.as_dict()
+    facts = {"reference_ms": data.networks.reference.medians_ms()} | conditions.as_dict()
     return [replace(samples, facts=facts) for samples in results]
 
 
@@ -106,5 +106,5 @@ def measure_blocks_ms(
         )
         profiler.measure(configs, rule, now_s() + time_limit_s)
     slowness = data.slowness()
-    facts = {"reference_ms": data.reference.total_ms()} | conditions.as_dict()
+    facts = {"reference_ms": data.reference.medians_ms()} | conditions.as_dict()
     return [replace(data.samples(config, slowness), facts=facts) for config in configs]

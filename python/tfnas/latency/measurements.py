@@ -25,7 +25,7 @@ from tfnas_ext.timing import Samples
 
 PARTIAL_SCHEMA_VERSION = 4
 Config = tuple[OpKey, int]
-# Fewer sections than this cannot tell how slow the machine was in their pass: the reference chain nearby does.
+# Fewer sections than this cannot tell how slow the machine was in their pass: the reference network nearby does.
 _TELLING = 5
 
 
@@ -59,10 +59,6 @@ class NetworkMeasurements:
     reference: ReferenceLog = field(default_factory=ReferenceLog)
     totals: list[list[Sample]] = field(default_factory=list)
 
-    def drift(self) -> FloatArray:
-        """Slowness of every pass, [passes], 1 where the reference chain takes its median time."""
-        return self.reference.total_drift() if self.reference.passes_ms else np.ones(0)
-
 
 @dataclass
 class Measurements:
@@ -82,18 +78,18 @@ class Measurements:
         return self.passes - 1
 
     def slowness(self) -> FloatArray:
-        """How slow the machine was in every pass, [passes], 1 where the reference chain takes its median time.
+        """How slow the machine was in every pass, [passes], 1 where the reference networks take their median times.
 
         Best computed once for many readings; a pass of few sections, or without any, is as slow as the reference
-        chain after it.
+        network after it.
         """
         beside = self._slowness_beside()
         kept = [_kept(samples) for samples in (self.stem, self.head, *self.blocks.values())]
         what = np.repeat(np.arange(len(kept)), [len(samples) for samples in kept])
         numbers = np.array([s.pass_number for samples in kept for s in samples], dtype=np.int64)
         telling = np.bincount(numbers, minlength=self.passes) >= _TELLING
-        # where the reference chain ran right after a pass, both ran at the same speed: that settles the level
-        joints = np.unique(self.reference.after).astype(np.int64) - 1
+        # where a reference network ran right after a pass, both ran at the same speed: that settles the level
+        joints = np.unique(self.reference.after()) - 1
         joints = joints[(joints >= 0) & telling[joints]]
         if joints.size == 0:
             return beside
@@ -103,11 +99,12 @@ class Measurements:
         return np.where(telling, found / np.median(found[joints] / beside[joints]), beside)
 
     def _slowness_beside(self) -> FloatArray:
-        """For every pass the slowness of the reference chain at its next run, 1 before it ever ran."""
-        if not self.reference.after:
+        """For every pass the slowness of the reference network that ran next, 1 before one ever ran."""
+        after = self.reference.after()
+        if after.size == 0:
             return np.ones(self.passes)
-        number = np.searchsorted(self.reference.after, np.arange(1, self.passes + 1))
-        return self.reference.total_drift()[number.clip(max=len(self.reference.after) - 1)]
+        number = np.searchsorted(after, np.arange(1, self.passes + 1))
+        return self.reference.drift()[number.clip(max=after.size - 1)]
 
     def count(self, config: Config) -> int:
         """How often `config` was timed, disturbed or not."""
@@ -126,11 +123,10 @@ class Measurements:
         every = [s.disturbed for samples in (self.stem, self.head, *self.blocks.values()) for s in samples]
         return float(np.mean(every)) if every else 0.0
 
-    def fits(self, ranges: Mapping[OpKey, tuple[int, int]], sections: int, networks: int) -> bool:
-        """Whether all can be of a space: widths of its curves, sections of its reference chain, count of networks."""
+    def fits(self, ranges: Mapping[OpKey, tuple[int, int]], networks: int) -> bool:
+        """Whether all can be of a space: widths of its curves, count of networks."""
         widths = all(key in ranges and ranges[key][0] <= width <= ranges[key][1] for key, width in self.blocks)
-        lengths = {len(row) for log in (self.reference, self.networks.reference) for row in log.passes_ms}
-        return widths and len(self.networks.totals) in (0, networks) and lengths <= {sections}
+        return widths and len(self.networks.totals) in (0, networks)
 
     def save(self, path: str | os.PathLike[str], conditions: Mapping[str, Any]) -> None:
         """Write everything to `path` atomically; `conditions` are those it was measured under."""
@@ -143,10 +139,8 @@ class Measurements:
             "conditions": dict(conditions),
             "seconds": self.seconds,
             "passes": self.passes,
-            # a Ctrl-C may have come between the two
-            "reference_ms": self.reference.passes_ms[: len(self.reference.after)],
-            "reference_after": self.reference.after,
-            "networks_reference_ms": self.networks.reference.passes_ms,
+            "reference": self.reference.passes,
+            "networks_reference": self.networks.reference.passes,
             "networks": [[_row(s) for s in samples] for samples in self.networks.totals],
             "stem": [_row(s) for s in self.stem],
             "head": [_row(s) for s in self.head],
@@ -176,15 +170,10 @@ class Measurements:
 def _measurements(document: dict[str, Any]) -> Measurements:
     numbers = Fields(document, "", optional=list(document))
     passes = numbers.integer("passes", minimum=0)
-    reference = _log(document["reference_ms"], document["reference_after"])
-    beside_networks = document["networks_reference_ms"]
-    networks = NetworkMeasurements(
-        _log(beside_networks, [0] * len(beside_networks)),
-        [_samples(rows, len(beside_networks)) for rows in document["networks"]],
-    )
+    beside_networks = _log(document["networks_reference"])
     result = Measurements(
-        reference,
-        networks,
+        _log(document["reference"]),
+        NetworkMeasurements(beside_networks, [_samples(rows, len(beside_networks)) for rows in document["networks"]]),
         stem=_samples(document["stem"], passes),
         head=_samples(document["head"], passes),
         seconds=numbers.number("seconds"),
@@ -199,11 +188,14 @@ def _row(sample: Sample) -> list[float]:
     return [round(sample.ms, 6), sample.pass_number, int(sample.disturbed)]
 
 
-def _log(passes_ms: list[Any], after: list[Any]) -> ReferenceLog:
-    sections = {len(row) for row in passes_ms}
-    if len(passes_ms) != len(after) or len(sections) > 1 or sections == {0} or after != sorted(after):
-        raise ValueError("passes of the reference chain that do not match")
-    return ReferenceLog([[_above_zero(v) for v in row] for row in passes_ms], [int(number) for number in after])
+def _log(passes: list[Any]) -> ReferenceLog:
+    log = ReferenceLog()
+    for total_ms, which, after in passes:
+        log.add(_above_zero(total_ms), int(which), int(after))
+    after = [row[2] for row in log.passes]
+    if after != sorted(after):
+        raise ValueError("passes of the reference networks that do not match")
+    return log
 
 
 def _samples(rows: list[Any], passes: int) -> list[Sample]:

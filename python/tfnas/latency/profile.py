@@ -171,7 +171,7 @@ class _Build:
         resumed = partial is not None and os.path.exists(partial)
         self.ranges = searchable_ranges(space)
         self.data = Measurements.load(partial, self.identity) if resumed and partial is not None else Measurements()
-        if not self.data.fits(self.ranges, len(space.layers) + 2, options.fit_architectures):
+        if not self.data.fits(self.ranges, options.fit_architectures):
             raise ValueError(f"{partial}: damaged partial latency table (it holds what this space has not); delete it")
         self.spent_before_s = self.data.seconds
         self.start_s = now_s()
@@ -207,8 +207,7 @@ class _Build:
             "mode": self.options.chosen_mode,
             "widths_measured": len(self.data.blocks),
             "seconds": round(self.spent_s, 1),
-            "reference_ms": self.data.networks.reference.total_ms(),
-            "reference_beside_widths_ms": self.data.reference.total_ms(),
+            "reference_ms": list(self.data.networks.reference.medians_ms().values()),
             "tolerance": self.options.tolerance,
             "seed": self.options.seed,
             "noise": noise,

@@ -1,7 +1,7 @@
 """Measures sections one by one by the slope over chains of copies; on a GPU the chains are captured graphs.
 
 A block that can follow itself (same shape in and out) does: its input is warm from the copy before it, as in a
-network, its weights are cold. Others run on independent inputs, one a copy. Whole networks and the reference chain are
+network, its weights are cold. Others run on independent inputs, one a copy. Whole networks, those of reference too, are
 timed as in `ChainProfiler`.
 """
 
@@ -42,7 +42,7 @@ class SlopeProfiler(ChainProfiler):
         if self._visits % _BASE_EVERY == 0:
             self._sample("stem", self.engine.stem, self._input, self.measurements.stem)
             with torch.inference_mode():
-                x = composed(self._reference[:-1])(self._input)
+                x = composed(self._references[0][:-1])(self._input)
             self._sample("head", self.engine.head, x, self.measurements.head)
         self._visits += 1
         fewest = min(self.measurements.count(config) for config in waiting)
@@ -80,7 +80,7 @@ class SlopeProfiler(ChainProfiler):
         # a slope of noise may come out at or below 0: nothing real is that fast
         disturbed = slope.rejected > 0 or slope.slope_ms <= 0
         samples.append(Sample(max(slope.slope_ms, 1e-6), self.measurements.next_pass(), disturbed))
-        self._run_reference()
+        self._run_reference(self.measurements.reference)
 
     def _forget(self, names: set[Config | str]) -> None:
         for name in names:
