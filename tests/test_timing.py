@@ -115,6 +115,40 @@ def test_time_limit_ends_it_and_is_told() -> None:
     assert samples.rel_stdev > 0.3
 
 
+def test_the_time_limit_is_for_each_of_several_calls() -> None:
+    clock = ScriptedClock()
+    noise = list(np.random.default_rng(5).uniform(1.0, 3.0, 500))
+    samples = measure_interleaved(
+        {name: script(clock, noise) for name in "abcd"},
+        timer=CpuTimer(threads=1, clock=clock),
+        rule=StopRule(0.001, time_limit_s=0.1),
+        elapsed_s=clock.elapsed_s,
+    )
+    assert all(45 <= found.count <= 55 for found in samples.values())
+
+
+def test_rejected_readings_count_towards_the_most_that_are_taken() -> None:
+    clock = ScriptedClock()
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        clock.work(1.0 + calls % 7, switches=calls % 2)
+
+    rule = StopRule(0.001, max_samples=20, time_limit_s=10.0)
+    samples = measure(call, timer=CpuTimer(threads=1, clock=clock), rule=rule, warm_up=0, elapsed_s=clock.elapsed_s)
+    assert (calls, samples.count, samples.rejected) == (20, 10, 10)
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_cold_reading_evicts_the_caches_first(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr("tfnas_ext.timing.flush_cache", lambda: log.append("flush"))
+    CpuTimer(threads=1, cold=cold, clock=ScriptedClock()).sample(lambda: log.append("call"))
+    assert log == ["flush", "call"] if cold else ["call"]
+
+
 @pytest.mark.parametrize("how", ["stolen", "switched"])
 def test_preempted_readings_are_rejected_and_counted(how: str) -> None:
     clock = ScriptedClock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -66,8 +67,12 @@ class ScriptedDevice:
         return self.clocks_mhz[min(self.reads, len(self.clocks_mhz)) - 1]
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
+        """As a real graph: what `call` does is repeated, `call` itself is neither called again nor kept."""
         self.captures += 1
-        return call
+        before_ms = self.now_ms
+        call()
+        took_ms, self.now_ms = self.now_ms - before_ms, before_ms
+        return lambda: self.work(took_ms)
 
     def sleep(self, seconds: float) -> None:
         self.slept_s += seconds
@@ -109,6 +114,27 @@ def test_graphs_are_captured_once_per_call() -> None:
     assert device.captures == 2
 
 
+def test_graphs_are_replayed_and_belong_to_one_call_until_forgotten() -> None:
+    device = ScriptedDevice()
+    timer = CudaTimer(device, graph=True)
+    called = 0
+
+    def call() -> None:
+        nonlocal called
+        called += 1
+        device.now_ms += 1.0
+
+    assert [timer.sample(call).ms for _ in range(3)] == [1.0, 1.0, 1.0]
+    assert called == device.captures == 1
+    # calls that nobody else keeps: one must not find the graph of another that lived at its address
+    assert [timer.sample(partial(setattr, device, "now_ms", device.now_ms + ms)).ms for ms in (2.0, 3.0, 4.0)] == [
+        2.0, 3.0, 4.0,
+    ]  # fmt: skip
+    timer.forget([call])
+    timer.sample(call)
+    assert called == 2
+
+
 def test_work_that_synchronises_is_reported_and_the_gate_opened() -> None:
     device = ScriptedDevice()
 
@@ -142,6 +168,12 @@ def test_throttled_readings_are_rejected_counted_and_waited_out() -> None:
     assert device.slept_s == pytest.approx(0.1 + 0.2 + 0.4 + 0.4 + 0.4)
 
 
+def test_one_boost_of_the_clock_makes_no_reading_bad() -> None:
+    guard = ClockGuard()
+    assert all(guard.accepts(mhz) for mhz in [1700.0] * 5 + [2100.0] + [1700.0] * 5)
+    assert not guard.accepts(1600.0)
+
+
 def test_an_unreadable_clock_rejects_nothing() -> None:
     guard = ClockGuard()
     assert guard.accepts(None)
@@ -161,6 +193,37 @@ def test_slope_ignores_the_intercept_and_outliers() -> None:
     assert 0 < slope.stderr_ms < 1e-3
     with pytest.raises(ValueError, match="different"):
         fit_slope(np.array([2, 2]), np.array([1.0, 1.1]))
+
+
+def test_the_error_of_a_slope_is_that_of_many_slopes() -> None:
+    rng = np.random.default_rng(2)
+    lengths = np.array([1, 2, 4, 8] * 6)
+    fits = [fit_slope(lengths, 0.7 + 0.05 * lengths + rng.normal(0, 0.01, lengths.size)) for _ in range(400)]
+    scatter = float(np.std([fit.slope_ms for fit in fits]))
+    assert float(np.median([fit.stderr_ms for fit in fits])) == pytest.approx(scatter, rel=0.25)
+
+
+def test_chains_are_read_in_random_order_and_not_for_ever() -> None:
+    device = ScriptedDevice(clocks_mhz=[1700.0, *(0.9**n * 1700.0 for n in range(1, 100))])  # ever slower
+    order: list[int] = []
+
+    def chain(length: int) -> Callable[[], object]:
+        return lambda: (order.append(length), device.work(0.03 * length))
+
+    lengths = (1, 2, 4, 8)
+    chains = {n: chain(n) for n in lengths}
+    slope = measure_slope(CudaTimer(device), chains, rng=np.random.default_rng(0), attempts=3)
+    readings = 3 * len(lengths)
+    assert len(order) == 3 * readings - 2  # the very first counts at once
+    assert slope.rejected == len(order) - 1
+    assert slope.slope_ms == pytest.approx(0.03)
+    order.clear()
+    measure_slope(
+        CudaTimer(ScriptedDevice()), {n: lambda n=n: order.append(n) for n in lengths}, rng=np.random.default_rng(0)
+    )  # type: ignore[misc]
+    rounds = [order[at : at + 4] for at in range(0, readings, 4)]
+    assert [sorted(of) for of in rounds] == [list(lengths)] * 3
+    assert rounds[0] != rounds[1] or rounds[1] != rounds[2]
 
 
 def test_measured_slope_is_the_marginal_cost() -> None:

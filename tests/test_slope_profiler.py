@@ -1,0 +1,81 @@
+"""Sections measured by slopes: what a chain runs on, which samples count, what is kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from profile_fakes import FakeEngine, Machine
+from tfnas.latency import slope_profiler
+from tfnas.latency.knots import searchable_ranges
+from tfnas.latency.measurements import Measurements
+from tfnas.latency.slope_profiler import SlopeProfiler, chain_of
+from tfnas.space_io import load_space
+
+from tfnas_ext.timing import StopRule
+from tfnas_ext.timing_cuda import CudaTimer
+from tfnas_ext.timing_slope import Slope
+
+SMALL = load_space("small")
+RULE = StopRule(0.5, min_samples=2, max_samples=2)
+
+
+@pytest.mark.parametrize(("follows_itself", "seen"), [(True, [1, 2, 4]), (False, [1, 10, 100])])
+def test_a_chain_runs_on_its_own_outputs_or_on_inputs_of_their_own(follows_itself: bool, seen: list[int]) -> None:
+    inputs: list[int] = []
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        inputs.append(int(x))
+        return 2 * x
+
+    chain_of([copy] * 3, [torch.tensor(v) for v in (1, 10, 100)], follows_itself)()
+    assert inputs == seen
+
+
+@pytest.mark.parametrize(("slope_ms", "rejected"), [(0.5, 0), (0.5, 1), (0.0, 0), (-0.1, 0)])
+def test_samples_of_rejected_or_impossible_slopes_are_marked(
+    slope_ms: float, rejected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slope_profiler, "measure_slope", lambda *_, **__: Slope(slope_ms, 0.0, 0.0, rejected))
+    machine = Machine()
+    data = Measurements()
+    timer = machine.timer()
+    profiler = SlopeProfiler(SMALL, FakeEngine(machine), timer, data, section_timer=timer.timer, now_s=machine.now_s)
+    key, (low, _) = next(iter(searchable_ranges(SMALL).items()))
+    profiler.measure([(key, low)], RULE, 1e9)
+    samples = data.blocks[key, low]
+    assert samples
+    assert all(sample.ms > 0 for sample in samples)
+    assert {sample.disturbed for sample in samples} == {rejected > 0 or slope_ms <= 0}
+
+
+class ForgettingTimer(CudaTimer):
+    """Its graphs are remembered by number only; readings are those of a real slope."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.held = machine, set[int]()
+
+    def warm_up(self, call: Callable[[], object], calls: int) -> None:
+        self.held.add(id(call))
+
+    def sample(self, call: Callable[[], object]) -> object:  # type: ignore[override]
+        return self.machine.timer().timer.sample(call)
+
+    def forget(self, calls: object) -> None:
+        self.held -= {id(call) for call in calls}  # type: ignore[attr-defined]
+
+
+def test_graphs_of_widths_that_are_done_are_freed() -> None:
+    machine = Machine()
+    timer = ForgettingTimer(machine)
+    profiler = SlopeProfiler(
+        SMALL, FakeEngine(machine), machine.timer(), Measurements(), section_timer=timer, now_s=machine.now_s
+    )
+    configs = [(key, low) for key, (low, _) in searchable_ranges(SMALL).items()]
+    for start in range(0, 12, 4):
+        profiler.measure(configs[start : start + 4], RULE, 1e9)
+    lengths = len(slope_profiler.LENGTHS)
+    assert len(timer.held) <= (2 + 4) * lengths  # stem, head, and the last ones
+    assert np.isfinite(profiler.measurements.slowness()).all()
