@@ -13,8 +13,9 @@ from tfnas.space import Space
 FloatArray = npt.NDArray[np.float64]
 
 
-# Second words of the seeds of `random_architectures`: the networks a table is fitted on, and those it is checked on.
-FITTING, CHECKING = 1, 2
+# Second words of the seeds of `random_architectures`: the networks a table is fitted on, those it is checked on, and
+# those that tell the machine's speed.
+FITTING, CHECKING, REFERENCE = 1, 2, 3
 
 
 def random_architectures(space: Space, count: int, seed: int | tuple[int, ...]) -> list[Architecture]:

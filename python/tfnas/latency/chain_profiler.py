@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from tfnas.latency.additivity import REFERENCE, random_architectures
 from tfnas.latency.chain import ChainTimer, ReferenceLog, Section, Sections
 from tfnas.latency.engine import Engine
 from tfnas.latency.measurements import Config, Measurements, Sample, usable
@@ -24,7 +25,8 @@ from tfnas_ext.timing_host import displaced_allocations
 
 Kind = tuple[int, int, int, int, str]
 _REFERENCES = 8
-_REFERENCE_SEED = 2008
+# Whole networks are few, and all else is scaled to them.
+NETWORK_RULE = StopRule(0.005, min_samples=12, max_samples=60)
 _LOOK_EVERY = 8  # visits between two looks at the stop rule, at first
 _LOOK_SHARE = 0.1  # later this share of all visits so far: looking takes longer the more there is to see
 
@@ -63,6 +65,8 @@ class ChainProfiler:
         self._input = engine.input()
         self._stem, self._head = engine.stem(), engine.head()
         self._sections: dict[Config, Section] = {}
+        self._filling = full_chain(space, engine)
+        self.warm(self._filling)
         self._references = reference_networks(space, engine)
         for network in self._references:
             self.warm(network)
@@ -118,6 +122,8 @@ class ChainProfiler:
 
         The samples are in `measurements.networks`, which goes on from where it is: `networks` must be those it holds.
         """
+        for network in networks:
+            self.warm(network)
         into = self.measurements.networks
         into.totals += [[] for _ in range(len(networks) - len(into.totals))]
         met = set[int]()
@@ -153,7 +159,7 @@ class ChainProfiler:
                 places.append((len(sections), self.measurements.blocks[config]))
                 sections.append(self._section(config))
             else:
-                sections.append(self._references[0][1 + layer.index])
+                sections.append(self._filling[1 + layer.index])
         places.append((len(sections), self.measurements.head))
         sections.append(self._head)
         with displaced_allocations(self.rng):
@@ -165,13 +171,14 @@ class ChainProfiler:
             self._run_reference(self.measurements.reference)
 
     def _visit_network(self, network: Sections, total: list[Sample]) -> None:
+        log = self.measurements.networks.reference
         with displaced_allocations(self.rng):
             self.warm(network, self.warm_up)
-            for _ in range(self.repeats):
-                pass_ = self.timer.run(network, self._input)
-                # the reference passes' own numbers serve as the passes'
-                number = self._run_reference(self.measurements.networks.reference)
-                total.append(Sample(pass_.total_ms, number, bool(pass_.disturbed.any())))
+            passes = [self.timer.run(network, self._input) for _ in range(self.repeats)]
+            # as hot as the network was: a cold one tells how busy the shared cache is, not how fast the machine
+            self.warm(self._next_reference(log), self.warm_up)
+            number = self._run_reference(log)  # serves as the number of the passes beside it
+        total += [Sample(pass_.total_ms, number, bool(pass_.disturbed.any())) for pass_ in passes]
 
     def _queues(self, waiting: Sequence[Config]) -> dict[Kind, list[Config]]:
         """What may stand at each place, the first choice last: least measured of what waits, then of the others."""
@@ -187,9 +194,11 @@ class ChainProfiler:
 
     def _run_reference(self, log: ReferenceLog) -> int:
         """One timed pass of the reference network whose turn it is; returns its number in `log`."""
-        which = len(log) % len(self._references)
-        total_ms = self.timer.run(self._references[which], self._input).total_ms
-        return log.add(total_ms, which, self.measurements.passes)
+        total_ms = self.timer.run(self._next_reference(log), self._input).total_ms
+        return log.add(total_ms, len(log) % len(self._references), self.measurements.passes)
+
+    def _next_reference(self, log: ReferenceLog) -> Sections:
+        return self._references[len(log) % len(self._references)]
 
     def _section(self, config: Config) -> Section:
         if config not in self._sections:
@@ -197,20 +206,17 @@ class ChainProfiler:
         return self._sections[config]
 
 
-def reference_networks(space: Space, engine: Engine) -> list[list[Section]]:
-    """The reference networks of a space, the same in every process: all layers, operations and widths drawn at random.
+def full_chain(space: Space, engine: Engine) -> list[Section]:
+    """All layers with their first candidates at the starting widths: what fills the places nothing is known for."""
+    blocks = [engine.block(layer.key(0), layer.start_width(0)) for layer in space.layers]
+    return [engine.stem(), *blocks, engine.head()]
 
-    The first one has the first candidates at their starting widths.
+
+def reference_networks(space: Space, engine: Engine) -> list[Sections]:
+    """The reference networks of a space, the same in every process, drawn like those that are measured.
+
+    Small and large networks do not slow down alike when the machine does, so both must be of the same kind.
     """
-    rng = np.random.default_rng(_REFERENCE_SEED)
-    networks = []
-    # where every block is compiled by itself, which takes seconds, one has to do
-    for number in range(1 if engine.conditions.engine == "compile" else _REFERENCES):
-        blocks = []
-        for layer in space.layers:
-            choices = [c for c, candidate in enumerate(layer.candidates) if not candidate.is_skip]
-            c = choices[int(rng.integers(len(choices)))] if number else 0
-            width = int(rng.integers(layer.min_width(c), layer.max_width(c) + 1)) if number else layer.start_width(0)
-            blocks.append(engine.block(layer.key(c), width))
-        networks.append([engine.stem(), *blocks, engine.head()])
-    return networks
+    # whole networks take long to compile: there one has to do
+    count = 1 if engine.conditions.engine == "compile" else _REFERENCES
+    return [engine.network(arch) for arch in random_architectures(space, count, seed=(0, REFERENCE))]

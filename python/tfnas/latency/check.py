@@ -16,12 +16,12 @@ import torch
 
 from tfnas.latency.additivity import CHECKING, additivity_report, random_architectures
 from tfnas.latency.chain import ChainTimer, speed_ratio
+from tfnas.latency.chain_profiler import NETWORK_RULE
 from tfnas.latency.engine import Conditions, Engine
 from tfnas.latency.header import device_name, device_uuid
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.measure import conditions_of, measure_networks_ms
 from tfnas.space import Space
-from tfnas_ext.timing import StopRule
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def check_table(
     measured = measure_networks_ms(
         archs,
         conditions,
-        rule=StopRule(0.005, min_samples=12, max_samples=60),
+        rule=NETWORK_RULE,
         time_limit_s=budget_s,
         seed=seed,
         engine=engine,

@@ -66,8 +66,6 @@ def measure_networks_ms(
         data = Measurements()
         profiler = ChainProfiler(space, engine, timer, data, seed=seed, now_s=now_s)
         networks = [engine.network(arch) for arch in archs]
-        for network in networks:
-            profiler.warm(network)
         results = profiler.measure_networks(networks, rule, now_s() + time_limit_s, least=3)
     facts = {"reference_ms": data.networks.reference.medians_ms()} | conditions.as_dict()
     return [replace(samples, facts=facts) for samples in results]

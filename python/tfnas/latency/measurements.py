@@ -54,7 +54,7 @@ def _kept(samples: list[Sample]) -> list[Sample]:
 
 @dataclass
 class NetworkMeasurements:
-    """Total times of whole networks, [networks][samples], and the reference passes that ran beside them, one each."""
+    """Total times of whole networks, [networks][samples], and the reference passes that ran beside them."""
 
     reference: ReferenceLog = field(default_factory=ReferenceLog)
     totals: list[list[Sample]] = field(default_factory=list)

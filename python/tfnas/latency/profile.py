@@ -23,7 +23,7 @@ from tfnas.architecture import Architecture
 from tfnas.latency.additivity import FITTING, FloatArray, additivity_report, fit_correction, random_architectures
 from tfnas.latency.chain import ChainTimer
 from tfnas.latency.chain_cuda import CudaChainTimer
-from tfnas.latency.chain_profiler import ChainProfiler
+from tfnas.latency.chain_profiler import NETWORK_RULE, ChainProfiler
 from tfnas.latency.conditions import make_engine, make_section_timer, make_timer
 from tfnas.latency.engine import Conditions, Engine
 from tfnas.latency.header import describe_conditions, device_uuid
@@ -259,7 +259,9 @@ class _Build:
         archs = random_architectures(self.space, self.options.fit_architectures, seed=(self.options.seed, FITTING))
         networks = [self.engine.network(arch) for arch in archs]
         deadline_s = self.deadline_s(_NETWORKS_SHARE)
-        measured = self.profiler.measure_networks(networks, self.rule, deadline_s, tick=lambda: self._tick("networks"))
+        measured = self.profiler.measure_networks(
+            networks, NETWORK_RULE, deadline_s, tick=lambda: self._tick("networks")
+        )
         return archs, np.array([s.median_ms for s in measured])
 
     def _tick(self, phase: str = "widths") -> None:

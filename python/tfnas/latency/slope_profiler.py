@@ -42,7 +42,7 @@ class SlopeProfiler(ChainProfiler):
         if self._visits % _BASE_EVERY == 0:
             self._sample("stem", self.engine.stem, self._input, self.measurements.stem)
             with torch.inference_mode():
-                x = composed(self._references[0][:-1])(self._input)
+                x = composed(self._filling[:-1])(self._input)
             self._sample("head", self.engine.head, x, self.measurements.head)
         self._visits += 1
         fewest = min(self.measurements.count(config) for config in waiting)
