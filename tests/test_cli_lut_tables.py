@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -65,6 +66,15 @@ def test_compare_as_text_and_json(table_file: Path, tmp_path: Path, capsys: pyte
     assert facts["scale"] == pytest.approx(1.5)
     assert facts["deviation_median"] < 1e-12
     assert facts["header"] == {"device": ["synthetic", "another"]}
+
+
+def test_a_terminal_of_ascii_gets_ascii(table_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding, row in (("ascii", "_.-:=+*#"), ("utf-8", "▁▂▃▄▅▆▇█")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert show(table_file) == 0
+        stream.seek(0)
+        assert set(row) <= set(stream.read())
 
 
 def test_names_are_no_markup(table_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

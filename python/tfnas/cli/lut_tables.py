@@ -64,7 +64,7 @@ def show(lut: Path, space: str | None = None, curve: str = "", png: Path | None 
     console.print(f"base {table.base_ms:.4f} ms; network = {offset_ms:+.4f} ms + {slope:.4f} x sum", highlight=False)
     if range_ms is not None:
         console.print(f"networks of space {space} reach {range_ms[0]:.4f} to {range_ms[1]:.4f} ms", highlight=False)
-    console.print(curves_table(curves))
+    console.print(curves_table(curves, ascii_only=console.options.ascii_only))
     return OK
 
 

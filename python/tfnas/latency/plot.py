@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
+_ASCII_BLOCKS = "_.-:=+*#"
 _SERIES = 24
 # half of the 95 % confidence interval of a median, in standard deviations / sqrt(samples)
 _HALF_WIDTH = 1.96 * 1.2533
@@ -29,22 +30,23 @@ def error_bars(curve: Curve) -> FloatArray:
     return np.where(known, _HALF_WIDTH * curve.rel_stdev / np.sqrt(np.maximum(curve.samples, 1)), np.nan)
 
 
-def sparkline(curve: Curve, columns: int = _SERIES) -> str:
-    """A curve between its least and greatest knot as a row of blocks."""
+def sparkline(curve: Curve, columns: int = _SERIES, *, ascii_only: bool = False) -> str:
+    """A curve between its least and greatest knot as a row of blocks, or of the like in ASCII."""
+    blocks = _ASCII_BLOCKS if ascii_only else _BLOCKS
     widths = np.arange(curve.widths[0], curve.widths[-1] + 1)
     widths = widths[curve.covers(widths)]
     picked = widths[np.linspace(0, widths.size - 1, min(columns, widths.size)).round().astype(np.int64)]
     latency_ms = curve.latencies_ms(picked)
     low, span = latency_ms.min(), np.ptp(latency_ms)
-    levels = np.zeros(picked.size) if span == 0 else (latency_ms - low) / span * (len(_BLOCKS) - 1)
-    return "".join(_BLOCKS[round(float(level))] for level in levels)
+    levels = np.zeros(picked.size) if span == 0 else (latency_ms - low) / span * (len(blocks) - 1)
+    return "".join(blocks[round(float(level))] for level in levels)
 
 
-def curves_table(curves: Mapping[OpKey, Curve]) -> Table:
+def curves_table(curves: Mapping[OpKey, Curve], *, ascii_only: bool = False) -> Table:
     """One row per curve: widths, knots, latency in ms, error bar of its medians (median over knots), shape."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("curve", no_wrap=True)
-    for title in ("kind", "widths", "knots", "ms", "± %"):
+    for title in ("kind", "widths", "knots", "ms", "+- %" if ascii_only else "± %"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("latency over width", no_wrap=True)
     for key, curve in curves.items():
@@ -57,7 +59,7 @@ def curves_table(curves: Mapping[OpKey, Curve]) -> Table:
             str(curve.widths.size),
             f"{curve.latency_ms.min():.4g}-{curve.latency_ms.max():.4g}",
             f"{100 * np.median(known):.1f}" if known.size else "?",
-            sparkline(curve),
+            sparkline(curve, ascii_only=ascii_only),
         )
     return table
 
