@@ -176,7 +176,7 @@ class ChainProfiler:
             self.warm(network, self.warm_up)
             passes = [self.timer.run(network, self._input) for _ in range(self.repeats)]
             # as hot as the network was: a cold one tells how busy the shared cache is, not how fast the machine
-            self.warm(self._next_reference(log), self.warm_up)
+            self.warm(self._references[self._turn(log)], self.warm_up)
             number = self._run_reference(log)  # serves as the number of the passes beside it
         total += [Sample(pass_.total_ms, number, bool(pass_.disturbed.any())) for pass_ in passes]
 
@@ -194,11 +194,12 @@ class ChainProfiler:
 
     def _run_reference(self, log: ReferenceLog) -> int:
         """One timed pass of the reference network whose turn it is; returns its number in `log`."""
-        total_ms = self.timer.run(self._next_reference(log), self._input).total_ms
-        return log.add(total_ms, len(log) % len(self._references), self.measurements.passes)
+        which = self._turn(log)
+        total_ms = self.timer.run(self._references[which], self._input).total_ms
+        return log.add(total_ms, which, self.measurements.passes)
 
-    def _next_reference(self, log: ReferenceLog) -> Sections:
-        return self._references[len(log) % len(self._references)]
+    def _turn(self, log: ReferenceLog) -> int:
+        return len(log) % len(self._references)
 
     def _section(self, config: Config) -> Section:
         if config not in self._sections:

@@ -166,9 +166,9 @@ def _numbers(fields: Fields, name: str, *, integers: bool) -> Any:
 def check_header(header: Mapping[str, Any]) -> None:
     """Check the fields of a header that have a meaning; others are free. Raises `LatencyTableError`.
 
-    Counts (batch, resolution, threads) are integers >= 1, texts (device, engine, dtype...) non-empty strings, times
-    (of the reference network) numbers above 0, `additivity` and `noise` mappings, `mode` one of `MODES`. A field that
-    is absent or None is not known, which is allowed.
+    Counts (batch, resolution, threads) are integers >= 1, texts (device, engine, dtype...) non-empty strings,
+    `reference_ms` (one for each reference network) a list of numbers above 0, `additivity` and `noise` mappings, `mode`
+    one of `MODES`. A field that is absent or None is not known, which is allowed.
     """
     known = Fields(
         {name: value for name, value in header.items() if value is not None}, "header", optional=list(header)
