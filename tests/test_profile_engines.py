@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from functools import partial
 from typing import Any
 
 import pytest
@@ -155,6 +156,25 @@ def test_fused_refuses_what_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TFNAS_BACKEND", "reference")
     with pytest.raises(EngineUnavailable, match="no native kernels"):
         make_engine(SMALL, Conditions(engine="fused", layout="channels_last"))
+
+
+def test_every_block_is_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch runs uncompiled what comes after eight versions of one `forward`."""
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    engine = TorchEngine(SMALL, Conditions(engine="compile"))
+    blocks = [engine.block(SMALL.layers[1].key(0), width) for width in range(40, 50)]
+    for count, block in enumerate(blocks, start=1):
+        run([block], torch.zeros(1, 24, 14, 14))
+        assert len(graphs) == count
+    for block in blocks:
+        run([block], torch.zeros(1, 24, 14, 14))
+    assert len(graphs) == len(blocks)
 
 
 @pytest.mark.slow

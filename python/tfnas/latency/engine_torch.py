@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -67,7 +68,24 @@ class TorchEngine:
 
     def _section(self, make: Callable[[], nn.Module]) -> Section:
         module = self.module(make)
-        return torch.compile(module, dynamic=False) if self.conditions.engine == "compile" else module
+        return compiled(module) if self.conditions.engine == "compile" else module
+
+
+def compiled(module: nn.Module) -> Section:
+    """`module` through torch.compile, as if it were the only one of its class.
+
+    torch keeps what it compiles with the code that was called, a few versions of each (`recompile_limit`), and runs
+    what comes after those uncompiled, with no more than a line in a log. Every block has the same `forward`, at other
+    sizes; so each gets a copy of the calling code.
+    """
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = module(x)
+        return y
+
+    own = FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
+    section: Section = torch.compile(own, dynamic=False, fullgraph=True)
+    return section
 
 
 def make_block(key: OpKey, width: int) -> MBInvRes:
