@@ -160,10 +160,17 @@ def test_batch_norm_in_processes_gets_no_batch_of_one(count: int, sizes: list[in
     for rank in range(2):
         loader = numbered_loader(count, training=False, rank=rank, world_size=2).for_batch_norm()
         assert [len(labels) for _, labels in loader.epoch(0)] == sizes
-    alone = numbered_loader(count, training=False)
-    assert alone.for_batch_norm() is alone
-    with pytest.raises(DataError, match="at least 4 for 2 processes, got 3"):
+    with pytest.raises(DataError, match=r"at least 4 for 2 process\(es\), got 3"):
         numbered_loader(3, training=False, rank=1, world_size=2).for_batch_norm()
+
+
+@pytest.mark.parametrize(("count", "batch_size", "sizes"), [(9, 4, [4, 4]), (10, 4, [4, 4, 2]), (3, 1, [1, 1, 1])])
+def test_batch_norm_gets_no_last_batch_of_one(count: int, batch_size: int, sizes: list[int]) -> None:
+    loader = numbered_loader(count, training=False, batch_size=batch_size)
+    assert [len(labels) for _, labels in loader.for_batch_norm().epoch(0)] == sizes
+    assert sum(len(labels) for _, labels in loader.epoch(0)) == count
+    with pytest.raises(DataError, match=r"held-out images: expected at least 2 for 1 process\(es\), got 1"):
+        numbered_loader(1, training=False).for_batch_norm()
 
 
 def test_labels_belong_to_their_images() -> None:

@@ -129,6 +129,8 @@ def _prepared(config: SearchConfig, callbacks: Sequence[Callback] | None) -> Ite
         reporter.config(config_to_dict(config))
         state = stored_state(config, folder, device, processes, reporter.say)
         data_space = load_space(config.space, _space_overrides(config))
+        require_batch_norm("batch_size", config.batch_size, data_space)
+        require_batch_norm("dataset.evaluation_batch_size", config.dataset.evaluation_batch_size, data_space)
         options = data_options(config, data_space, device)
         data = build_data(options, config.seed, rank=processes.rank, world_size=processes.world_size)
         say_skipped(data, reporter.say)
@@ -189,6 +191,15 @@ def data_options(config: HasData, space: Space, device: torch.device) -> DataOpt
         device=str(device),
         **values,
     )
+
+
+def require_batch_norm(key: str, batch_size: int | None, space: Space) -> None:
+    """Raise `ConfigError` where batches of `batch_size` leave the last batch norms one value per channel."""
+    if batch_size == 1 and space.out_resolution == 1:
+        raise ConfigError(
+            f"{key}: expected at least 2, got 1: images of {space.resolution} pixels come down to a single one, and "
+            "batch norm needs more than one value per channel; or raise resolution"
+        )
 
 
 def say_skipped(data: DataBundle, say: Callable[[str], None]) -> None:

@@ -23,7 +23,7 @@ from tfnas.config_io import config_to_dict
 from tfnas.data import DataBundle, build_data
 from tfnas.evaluate import Accuracy, evaluate_network
 from tfnas.network import Network, build_network
-from tfnas.pipeline import choose_device, data_options, say_skipped
+from tfnas.pipeline import choose_device, data_options, require_batch_norm, say_skipped
 from tfnas.processes import Processes, open_processes
 from tfnas.run import ARCHITECTURE_FILE
 from tfnas.threads import use_threads
@@ -134,6 +134,7 @@ def make_network(config: TrainConfig, arch: Architecture, device: torch.device) 
 
 def _data(config: TrainConfig, arch: Architecture, device: torch.device, processes: Processes) -> DataBundle:
     space = dataclasses.replace(arch.space, resolution=config.resolution or arch.space.resolution)
+    require_batch_norm("batch_size", config.batch_size, space)
     options = data_options(config, space, device)
     data = build_data(options, config.seed, rank=processes.rank, world_size=processes.world_size)
     if config.validation == "test" and data.test is None:

@@ -66,17 +66,15 @@ class Loader:
         return full + (rest > 0 and rest // self._world_size >= self._least)
 
     def for_batch_norm(self) -> Loader:
-        """The same batches, but with several processes without a last one of which some would get less than two images.
+        """The same batches, but as in training without a last one of which a process would get one image.
 
         For batch norms that use batch statistics in evaluation, too. Raises `DataError` where none is left.
         """
-        if self._world_size == 1:
-            return self
         loader = copy.copy(self)
         loader._least = min(2, self.batch_size)
         if not len(loader):
             raise DataError(
-                f"held-out images: expected at least {2 * self._world_size} for {self._world_size} processes, got "
+                f"held-out images: expected at least {2 * self._world_size} for {self._world_size} process(es), got "
                 f"{self.num_images}; raise held_out_fraction or start fewer processes"
             )
         return loader
