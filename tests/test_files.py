@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tfnas.files import write_bytes_atomically, write_text_atomically
+from tfnas.files import read_json, write_bytes_atomically, write_text_atomically
 
 
 def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
@@ -62,3 +62,14 @@ def test_errors_name_the_file_asked_for(tmp_path: Path, name: str, number: int) 
     assert caught.value.filename == str(tmp_path / name)
     assert str(caught.value).endswith(f": '{tmp_path / name}'")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_half_a_character_in_json_is_refused(tmp_path: Path) -> None:
+    """Python would keep it, and fail where it is written down next."""
+    path = tmp_path / "x.json"
+    path.write_text('{"name": "\\ud83d\\ude00 \\\\ud800"}')
+    assert read_json(path) == {"name": "\U0001f600 \\ud800"}
+    for text in ('{"name": "\\ud800"}', '{"\\uDC00": 1}', '[["x\\udFFF"]]'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"x\.json: not valid JSON.*half a character"):
+            read_json(path)

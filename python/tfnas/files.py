@@ -1,4 +1,4 @@
-"""Files that are never half written, and readers whose errors name the file."""
+"""Files that are never half written, readers whose errors name the file, and names as text."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ def read_json(path: str | os.PathLike[str]) -> object:
     """Parse a UTF-8 JSON file. A `ValueError` names the file and the line for anything that is not JSON."""
     data = Path(path).read_bytes()
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        value: object = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        if b"\\ud" in data.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
+            raise ValueError("an escape stands for half a character")
+        return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON, perhaps truncated ({error})") from None
 
@@ -89,3 +92,13 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
             raise ValueError(f"key {key!r} appears twice")
         result[key] = value
     return result
+
+
+def shown(path: str | bytes | os.PathLike[str]) -> str:
+    """`path` as printable text: bytes that are not UTF-8 become `\\xNN`, so that no message or file fails on a name."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def is_text(value: str) -> bool:
+    """Whether `value` can be written as UTF-8: Python keeps the bytes of a name that is not text as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError
 
 from tfnas.cli.codes import BAD_INPUT, FAILED, INTERRUPTED, OK
 from tfnas.cli.functions import run_function
+from tfnas.files import is_text, shown
 from tfnas.interrupt import ProcessFailed
 from tfnas.openmp import wait_briefly
 from tfnas.shortage import is_disk_full, is_out_of_memory
@@ -70,6 +71,13 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
 
 
 def _call(command: str, arguments: list[str]) -> int:
+    for argument in arguments:
+        if not is_text(argument):
+            # neither a stored configuration nor the reader of weights can hold such a name: not after hours of work
+            raise ValueError(
+                f"{shown(argument)}: expected text in the encoding of file names here ({sys.getfilesystemencoding()}), "
+                "got other bytes; rename the file or folder, or reach it by a link"
+            )
     module = importlib.import_module(f"tfnas.cli.{command}")
     if hasattr(module, "run"):
         code: int = module.run(arguments)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tfnas.data.errors import DataError, shown
+from tfnas.data.errors import DataError
+from tfnas.files import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image

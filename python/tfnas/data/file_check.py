@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfnas.data.decode import decode
-from tfnas.data.errors import DataError, shown
+from tfnas.data.errors import DataError
 from tfnas.data.images import FileImages
+from tfnas.files import shown
 
 
 def require_files(images: FileImages) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tfnas.data.errors import DataError, shown
+from tfnas.data.errors import DataError
 from tfnas.data.images import FileImages, Labelled
+from tfnas.files import shown
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"))
 _TRAIN = ("train",)

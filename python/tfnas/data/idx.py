@@ -13,7 +13,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tfnas.data.errors import DataError, shown
+from tfnas.data.errors import DataError
+from tfnas.files import shown
 
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _NAME = re.compile(r"(?P<head>.*)images(?P<tail>[-.]idx[34]-ubyte(\.gz)?)", re.DOTALL)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tfnas.data.errors import DataError, shown
+from tfnas.data.errors import DataError
 from tfnas.data.images import FileImages, Labelled
+from tfnas.files import shown
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:

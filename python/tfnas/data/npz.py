@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tfnas.data.errors import DataError, shown
+from tfnas.data.errors import DataError
+from tfnas.files import shown
 
 _NAMES = {
     "train": (("train_images", "train_labels"), ("x_train", "y_train"), ("images", "labels")),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tfnas.data.arrays import labelled_arrays
-from tfnas.data.errors import DataError, shown
+from tfnas.data.errors import DataError
 from tfnas.data.fake import fake_images
 from tfnas.data.folder import scan_folder, split_folders
 from tfnas.data.idx import find_idx_pairs, labels_beside, read_idx
@@ -17,6 +17,7 @@ from tfnas.data.images import Labelled
 from tfnas.data.list_file import read_label_map, read_list
 from tfnas.data.npz import read_npz
 from tfnas.data.options import DataOptions
+from tfnas.files import shown
 
 QUICKSTART_NAMES = ("quickstart", "fashion-mnist-subset")
 QUICKSTART_FOLDER = Path(__file__).with_name("fashion_mnist_subset")

@@ -6,7 +6,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from tfnas.files import write_text_atomically
+from tfnas.files import shown, write_text_atomically
 from tfnas.latency.lut import LatencyTableError
 from tfnas.report import sections
 from tfnas.report.run_data import RunData, read_run
@@ -93,7 +93,8 @@ def write_report(folder: str | os.PathLike[str], pictures: bool = False) -> Path
 
 def page(run: RunData) -> str:
     """The page as HTML."""
-    title = f"{run.space.name}, {run.facts.get('target_latency_ms', 0):.4g} ms: {run.folder.resolve().name}"
+    name = shown(run.folder.resolve().name)
+    title = f"{run.space.name}, {run.facts.get('target_latency_ms', 0):.4g} ms: {name}"
     body = "".join(
         f"<section{_HALF if make in _SIDE_BY_SIDE else ''}><h2>{escape(name)}</h2>{make(run)}</section>"
         for name, make in _SECTIONS
