@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tfnas_ext import ops
 from tfnas_ext.nn import MBInvRes
 from tfnas_ext.reference import ACTIVATIONS, GATES
 
@@ -80,3 +81,15 @@ def test_width_touches_the_first_channels_only() -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MBInvRes(8, 16, 8, **arguments)
+
+
+def test_single_blocks_on_a_gpu_run_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module built with CUDA has no kernels for them."""
+    torch.manual_seed(1)
+    block, x = MBInvRes(8, 24, 8, se_channels=4).double(), torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    monkeypatch.setattr(ops, "choose_backend", lambda device, backend: "cuda")
+    for mode in (True, False):
+        torch.testing.assert_close(block.train(mode)(x), plain(block, x))
+    block.backend = "cuda"
+    with pytest.raises(ValueError, match="none for one block"):
+        block(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from tfnas.latency.additivity import random_architectures
 from tfnas.latency.conditions import make_engine
 from tfnas.latency.engine import Conditions, EngineUnavailable
-from tfnas.latency.engine_onnxruntime import OnnxGraph, OnnxruntimeEngine
+from tfnas.latency.engine_fused import FusedEngine
+from tfnas.latency.engine_onnxruntime import BoundSession, OnnxGraph, OnnxruntimeEngine
 from tfnas.latency.engine_torch import TorchEngine, make_block
 from tfnas.network import build_head, build_network, build_stem
 from tfnas.space_io import load_space
@@ -120,6 +122,29 @@ def test_onnxruntime_without_a_provider_for_the_gpu_says_so(monkeypatch: pytest.
         OnnxruntimeEngine(SMALL, Conditions(engine="onnxruntime", device="cuda"))
 
 
+def test_onnxruntime_on_a_gpu_works_on_the_timed_stream_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its calls are queued behind a closed gate, on the stream whose time stamps count."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    engine = OnnxruntimeEngine(SMALL, Conditions(engine="onnxruntime", device="cuda"))
+    streams = {"own": SimpleNamespace(device_index=0, cuda_stream=77), "default": SimpleNamespace(cuda_stream=0)}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: streams["own"])
+    assert engine._provider_options() == {"device_id": "0", "user_compute_stream": "77"}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: streams["default"])
+    with pytest.raises(EngineUnavailable, match="default"):
+        engine._provider_options()
+    assert engine._run_options().get_run_config_entry("disable_synchronize_execution_providers") == "1"
+
+    given: list[Any] = []
+    session = SimpleNamespace(
+        io_binding=lambda: SimpleNamespace(bind_input=lambda *_: None, bind_output=lambda *_: None),
+        run=lambda *_: (torch.zeros(1, 1).numpy(),),
+        run_with_iobinding=lambda _, options: given.append(options),
+    )
+    BoundSession(session, torch.device("cpu"), "no waiting")(torch.zeros(1, 1))
+    assert given == ["no waiting"]
+
+
 @pytest.mark.parametrize("bad", [{"layout": "channels_last"}, {"dtype": "float16"}])
 def test_onnxruntime_refuses_conditions_not_its_own(bad: dict[str, str]) -> None:
     with pytest.raises(EngineUnavailable, match=next(iter(bad))):
@@ -153,6 +178,8 @@ def test_fused_computes_the_same_network() -> None:
 def test_fused_refuses_what_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineUnavailable, match="layout"):
         make_engine(SMALL, Conditions(engine="fused"))
+    with pytest.raises(EngineUnavailable, match="CPU only"):
+        FusedEngine(SMALL, Conditions(engine="fused", layout="channels_last", device="cuda"))
     monkeypatch.setenv("TFNAS_BACKEND", "reference")
     with pytest.raises(EngineUnavailable, match="no native kernels"):
         make_engine(SMALL, Conditions(engine="fused", layout="channels_last"))

@@ -7,10 +7,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from profile_fakes import FakeEngine, Machine
+from profile_fakes import HEAD_MS, STEM_MS, FakeEngine, Machine, smooth_ms
+from scripted_device import DeviceEngine, StrictDevice
 from tfnas.latency import slope_profiler
+from tfnas.latency.additivity import random_architectures
+from tfnas.latency.chain_cuda import CudaChainTimer
+from tfnas.latency.conditions import make_profiler
+from tfnas.latency.engine import Conditions
 from tfnas.latency.knots import searchable_ranges
 from tfnas.latency.measurements import Measurements
+from tfnas.latency.profile import ProfileOptions, build_table
 from tfnas.latency.slope_profiler import SlopeProfiler, chain_of
 from tfnas.space_io import load_space
 
@@ -55,7 +61,7 @@ class ForgettingTimer(CudaTimer):
     """Its graphs are remembered by number only; readings are those of a real slope."""
 
     def __init__(self, machine: Machine) -> None:
-        self.machine, self.held = machine, set[int]()
+        self.machine, self.held, self.graph = machine, set[int](), False
 
     def warm_up(self, call: Callable[[], object], calls: int) -> None:
         self.held.add(id(call))
@@ -79,3 +85,35 @@ def test_graphs_of_widths_that_are_done_are_freed() -> None:
     lengths = len(slope_profiler.LENGTHS)
     assert len(timer.held) <= (2 + 4) * lengths  # stem, head, and the last ones
     assert np.isfinite(profiler.measurements.slowness()).all()
+
+
+def test_a_gpu_times_deep_networks_and_nothing_for_the_first_time_behind_the_gate() -> None:
+    """More kernels than the device's queue holds; every thirtieth reading at a lower clock."""
+    device = StrictDevice(clocks_mhz=([1700.0] * 29 + [1500.0]) * 10_000)
+    engine = DeviceEngine(Machine(), device=device, kernels=200)
+    timer = CudaChainTimer(CudaTimer(device))
+    options = ProfileOptions(mode="slope", budget_s=30.0, fit_architectures=10)
+    table = build_table(SMALL, options, engine=engine, timer=timer, now_s=device.now_s)
+    table.require_space(SMALL)
+    for key, curve in table.curves.items():
+        wanted = [smooth_ms(key, int(width)) for width in curve.widths]
+        np.testing.assert_allclose(curve.latency_ms, wanted, rtol=1e-6)
+    assert table.base_ms == pytest.approx(STEM_MS + HEAD_MS)
+    assert table.header["additivity"]["mape"] < 0.01
+    clock = table.header["sm_clock"]
+    assert clock["usual_mhz"] == 1700
+    assert clock["rejected"] == sum(mhz < 1700 for mhz in device.clocks_mhz[: device.reads])  # of both timers
+
+
+def test_networks_are_checked_on_a_gpu_as_they_are_measured_for_its_table() -> None:
+    device = StrictDevice()
+    engine = DeviceEngine(Machine(), device=device, kernels=200, conditions=Conditions(device="cuda"))
+    profiler = make_profiler(
+        SMALL, engine.conditions, Measurements(), engine=engine, timer=CudaChainTimer(CudaTimer(device))
+    )
+    assert isinstance(profiler, SlopeProfiler)
+    archs = random_architectures(SMALL, 3, seed=0)
+    measured = profiler.measure_networks([engine.network(arch) for arch in archs], RULE, 1e9)
+    for arch, samples in zip(archs, measured, strict=True):
+        blocks = [smooth_ms(key, width) for key, width in arch.keys()]  # noqa: SIM118
+        assert samples.median_ms == pytest.approx(STEM_MS + HEAD_MS + sum(blocks))

@@ -3,79 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from scripted_device import ScriptedDevice
 from tfnas.latency.chain_cuda import CudaChainTimer
+from tfnas.latency.check import check_table
+from tfnas.latency.conditions import make_timer
+from tfnas.latency.engine import Conditions, EngineUnavailable
+from tfnas.latency.profile import ProfileOptions, build_table
+from tfnas.space_io import load_space
 
 from tfnas_ext.timing import StopRule, measure
 from tfnas_ext.timing_cuda import ClockGuard, CudaTimer, GateTimeout
 from tfnas_ext.timing_slope import fit_slope, measure_slope
-
-
-@dataclass
-class ScriptedDevice:
-    """A stream with its own time; work queued behind a closed gate starts when the gate opens."""
-
-    clocks_mhz: list[float | None] = field(default_factory=lambda: [1700.0])
-    log: list[str] = field(default_factory=list)
-    now_ms: float = 0.0
-    closed: bool = False
-    slept_s: float = 0.0
-    timed_out: bool = False
-    captures: int = 0
-    event_ms: float = 0.0
-    reads: int = 0
-
-    def work(self, ms: float) -> None:
-        self.log.append("work")
-        assert self.closed or "closed" not in self.log, "timed work must be queued behind the gate"
-        self.now_ms += ms
-
-    def close_gate(self) -> None:
-        self.log.append("closed")
-        self.closed = True
-
-    def open_gate(self) -> None:
-        self.log.append("opened")
-        self.closed = False
-
-    def record(self) -> float:
-        self.log.append("event")
-        self.now_ms += self.event_ms
-        return self.now_ms
-
-    def elapsed_ms(self, start: float, stop: float) -> float:
-        return stop - start
-
-    def synchronize(self) -> None:
-        if self.closed:
-            self.timed_out = True
-        self.log.append("sync")
-
-    def flush_l2(self) -> None:
-        self.log.append("flush")
-
-    def gate_timed_out(self) -> bool:
-        return self.timed_out
-
-    def sm_clock_mhz(self) -> float | None:
-        self.reads += 1
-        return self.clocks_mhz[min(self.reads, len(self.clocks_mhz)) - 1]
-
-    def capture(self, call: Callable[[], object]) -> Callable[[], object]:
-        """As a real graph: what `call` does is repeated, `call` itself is neither called again nor kept."""
-        self.captures += 1
-        before_ms = self.now_ms
-        call()
-        took_ms, self.now_ms = self.now_ms - before_ms, before_ms
-        return lambda: self.work(took_ms)
-
-    def sleep(self, seconds: float) -> None:
-        self.slept_s += seconds
 
 
 def test_a_reading_is_queued_behind_the_gate() -> None:
@@ -174,6 +117,15 @@ def test_one_boost_of_the_clock_makes_no_reading_bad() -> None:
     assert not guard.accepts(1600.0)
 
 
+def test_a_clock_that_stays_low_becomes_the_usual_one() -> None:
+    guard = ClockGuard()
+    assert all(guard.accepts(1980.0) for _ in range(5000))
+    assert [guard.accepts(1900.0) for _ in range(60)].count(False) < 30
+    assert guard.accepts(1900.0)
+    assert guard.wanted_pause_s == 0
+    assert guard.usual_mhz == 1900.0
+
+
 def test_an_unreadable_clock_rejects_nothing() -> None:
     guard = ClockGuard()
     assert guard.accepts(None)
@@ -256,6 +208,30 @@ def test_a_chain_is_stamped_between_sections() -> None:
     assert not result.disturbed.any()
     assert device.log.count("closed") == 1
     assert timer.clock_facts() == {"usual_mhz": 1700.0, "rejected": 0}
+
+
+def test_a_module_built_without_cuda_says_what_it_lacks() -> None:
+    if hasattr(torch.ops.tfnas, "timing_close_gate"):
+        pytest.skip("built with CUDA")
+    with pytest.raises(EngineUnavailable, match="'cuda:0': the CUDA timer needs tfnas_ext's native module"):
+        make_timer(Conditions(device="cuda:0"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
+def test_on_a_gpu_a_table_predicts_networks(engine: str) -> None:
+    space, conditions = load_space("small"), Conditions(device="cuda", engine=engine, batch=4)
+    if engine == "onnxruntime":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip("this onnxruntime knows no CUDA")
+    table = build_table(space, ProfileOptions(conditions, budget_s=8.0, noise_limit=0.9, fit_architectures=10))
+    table.require_space(space)
+    assert table.header["mode"] == "slope"
+    assert table.header["sm_clock"]["usual_mhz"] > 100
+    result = check_table(table, space, 10, budget_s=3.0)
+    assert result.mape < 0.1
+    assert result.scale == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -48,7 +48,7 @@ def mbinvres(
 
     Args:
         x: [N, Cin, H, W], channels_last or not (converted once); the result is channels_last.
-        backend: "cuda", "cpu", "reference", or None for the fastest; see `backends.choose_backend`.
+        backend: "cpu", "reference", or None for the fastest, on a GPU the reference; see `backends.choose_backend`.
         design: how the CPU kernels walk the block: "strips", "channels", or "auto", the measured rule. For tests.
 
     The rest and the errors are those of `reference.mbinvres`. Without a backend named, what native kernels do not do is
@@ -141,7 +141,13 @@ def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
 
 def _runs_native(x: Tensor, weights: Sequence[Tensor | None], backend: str | None, possible: bool) -> bool:
     """Whether native kernels run the call; `possible` says that its norms' statistics are no hindrance."""
-    if choose_backend(x.device, backend) == "reference":
+    name = choose_backend(x.device, backend)
+    if name == "cuda" and backend is not None:
+        raise ValueError(
+            "backend='cuda' has kernels for the layers of a supernet (tfnas_ext.engine) but none for one block; use "
+            "backend='reference'"
+        )
+    if name != "cpu":
         return False
     conv_dw = weights[1]
     assert conv_dw is not None
@@ -152,7 +158,6 @@ def _runs_native(x: Tensor, weights: Sequence[Tensor | None], backend: str | Non
             f"backend={backend!r} runs float32, float64 and bfloat16, kernels 3, 5 and 7, running statistics in all "
             f"norms without gradients, and no torch.func transforms; got {x.dtype}, conv_dw of shape "
             f"{list(conv_dw.shape)}. Use backend='reference'."
-            "Use backend='reference'."
         )
     return fits
 

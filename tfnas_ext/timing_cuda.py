@@ -8,18 +8,19 @@ script; `CudaDevice` is the real one.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from tfnas_ext.backends import BackendUnavailableError, build_info, missing_cuda_code
 from tfnas_ext.timing import Reading
 
-FloatArray = npt.NDArray[np.float64]
+_RECENT = 51  # readings of the clock that say what is usual
 
 
 class Device(Protocol):
@@ -56,16 +57,16 @@ class GateTimeout(RuntimeError):
 
 @dataclass
 class ClockGuard:
-    """Notices throttling: a reading counts only where the SM clock is at least `floor` of the run's usual clock.
+    """Notices throttling: a reading counts only where the SM clock is at least `floor` of what has been usual lately.
 
-    After a rejection the device gets a pause, doubled each time up to `longest_pause_s`. Where the clock cannot be
-    read every reading counts, and `known` stays False.
+    After a rejection the device gets a pause, doubled each time up to `longest_pause_s`. A clock that stays low, of a
+    GPU grown warm, becomes the usual one. Where the clock cannot be read every reading counts, and `known` stays False.
     """
 
     floor: float = 0.98
     pause_s: float = 0.05
     longest_pause_s: float = 1.0
-    clocks_mhz: list[float] = field(default_factory=list)
+    clocks_mhz: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
     rejected: int = 0
     _pause_s: float = field(default=0.0, repr=False)
 
@@ -75,7 +76,7 @@ class ClockGuard:
 
     @property
     def usual_mhz(self) -> float:
-        """Median of the clocks seen so far."""
+        """Median of the clocks seen lately."""
         return float(np.median(self.clocks_mhz))
 
     def accepts(self, clock_mhz: float | None) -> bool:
@@ -128,11 +129,11 @@ class CudaTimer:
             call()
         self.device.synchronize()
         if self.graph:
-            self._replayed(call)()
+            self.replayed(call)()
             self.device.synchronize()
 
     def sample(self, call: Callable[[], object]) -> Reading:
-        run = self._replayed(call) if self.graph else call
+        run = self.replayed(call) if self.graph else call
         (elapsed_ms,), disturbed = self.stamped([run] * self.batch, stamps_every=self.batch)
         return Reading(elapsed_ms / self.batch, disturbed)
 
@@ -158,8 +159,9 @@ class CudaTimer:
         device.synchronize()
         if device.gate_timed_out():
             raise GateTimeout(
-                "the timed work waited for the device (a copy to the host, .item(), a synchronisation) or took seconds "
-                "to queue; time it without that, or with graph=True"
+                "the timed work waited for the device (a copy to the host, .item(), a synchronisation, memory that was "
+                "not allocated before), or was more than the device's queue holds, about a thousand kernels; time it "
+                "without that, warmed up, or with graph=True"
             )
         disturbed = not self.guard.accepts(device.sm_clock_mhz())
         return [device.elapsed_ms(a, b) for a, b in pairwise(events)], disturbed
@@ -169,26 +171,34 @@ class CudaTimer:
         for call in calls:
             self._graphs.pop(id(call), None)
 
-    def _replayed(self, call: Callable[[], object]) -> Callable[[], object]:
-        """The captured graph of `call`; the call is kept too, so that its id stays its own."""
+    def replayed(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The captured graph of `call`, which must have run before; it is kept until `forget`, and so is the call."""
         if id(call) not in self._graphs:
             self._graphs[id(call)] = (call, self.device.capture(call))
         return self._graphs[id(call)][1]
 
 
 class CudaDevice:
-    """The real device: torch's events on its current stream; gate and clock from the native module."""
+    """The real device: torch's events on its current stream; gate and clock from the native module.
+
+    Raises `BackendUnavailableError` where that was built without CUDA, or not for this device.
+    """
 
     gate_timeout_ms = 5000.0
 
     def __init__(self, index: int | None = None) -> None:
         self.index = torch.cuda.current_device() if index is None else index
-        ops = torch.ops.tfnas
-        if not hasattr(ops, "timing_close_gate"):
-            raise RuntimeError(
-                "the CUDA timer needs tfnas_ext's native module built with CUDA; see `tfnas info` for why it is not"
+        self._ops = torch.ops.tfnas
+        if not hasattr(self._ops, "timing_close_gate"):
+            raise BackendUnavailableError(
+                "the CUDA timer needs tfnas_ext's native module built with CUDA, and this one is not "
+                f"({build_info().cuda_reason or 'see `tfnas info`'})"
             )
-        self._ops = ops
+        if problem := missing_cuda_code(f"cuda:{self.index}"):
+            raise BackendUnavailableError(f"the CUDA timer cannot run: {problem}")
+        # Graphs are replayed one at a time and keep nothing: all can use the same memory.
+        self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream(self.index)
         bytes_ = torch.cuda.get_device_properties(self.index).L2_cache_size
         self._flush = torch.empty(2 * max(bytes_, 1 << 20), dtype=torch.uint8, device=f"cuda:{self.index}")
 
@@ -220,8 +230,14 @@ class CudaDevice:
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+        with torch.cuda.device(self.index):
+            current = torch.cuda.current_stream()
+            self._side.wait_stream(current)
+            with torch.cuda.stream(self._side):
+                call()  # what libraries keep for each stream must exist before
+            # thread_local: what other threads allocate and copy meanwhile is none of the graph's business
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
+                call()
         return graph.replay
 
     def sleep(self, seconds: float) -> None:

@@ -155,7 +155,8 @@ class ProfileConfig:
     """How a latency table is measured where `lut` names none, and how the derived network is measured.
 
     Attributes:
-        engine: What runs the network while measuring, which should be what will be deployed: `eager`, `compile`.
+        engine: What runs the network while measuring, which should be what will be deployed: `eager`, `compile`,
+            `fused` (on a CPU) or `onnxruntime`.
         batch_size: Images a forward pass.
         threads: CPU threads.
         dtype: `float32`, `bfloat16` or `float16`.

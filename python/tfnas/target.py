@@ -11,8 +11,9 @@ import torch
 
 from tfnas.architecture import Architecture, Op, count_multiply_adds
 from tfnas.config import ConfigError, ProfileConfig, SearchConfig
+from tfnas.latency.chain import run_through
 from tfnas.latency.compare import require_conditions
-from tfnas.latency.conditions import make_engine, make_timer
+from tfnas.latency.conditions import make_engine, make_timer, prepared_process
 from tfnas.latency.engine import Conditions, EngineUnavailable, require_device
 from tfnas.latency.header import device_name, device_uuid
 from tfnas.latency.lut import LatencyTable, LatencyTableError
@@ -164,16 +165,17 @@ def rough_range_ms(space: Space, conditions: Conditions) -> tuple[float, float]:
 
     Only the networks with the fewest and the most multiply-adds are measured.
     """
-    engine, timer = make_engine(space, conditions), make_timer(conditions)
-    x = engine.input()
-
-    def measured_ms(arch: Architecture) -> float:
-        network = engine.network(arch)
-        timer.run(network, x)
-        return min(timer.run(network, x).total_ms for _ in range(_EXTREME_PASSES))
-
     smallest, largest = (sorted(of, key=count_multiply_adds) for of in zip(*extreme_architectures(space), strict=True))
-    return min(map(measured_ms, smallest[:_EXTREMES])), max(map(measured_ms, largest[-_EXTREMES:]))
+    with prepared_process(conditions):
+        engine, timer = make_engine(space, conditions), make_timer(conditions)
+        x = engine.input()
+
+        def measured_ms(arch: Architecture) -> float:
+            network = engine.network(arch)
+            run_through(network, x)
+            return min(timer.run(network, x).total_ms for _ in range(_EXTREME_PASSES))
+
+        return min(map(measured_ms, smallest[:_EXTREMES])), max(map(measured_ms, largest[-_EXTREMES:]))
 
 
 def extreme_architectures(space: Space) -> Iterator[tuple[Architecture, Architecture]]:
@@ -195,8 +197,8 @@ def measured_latency_ms(arch: Architecture, table: LatencyTable) -> tuple[float 
     header = table.header
     if not header.get("device_uuid"):
         return None, "the latency table does not say which device it was measured on"
-    conditions = table_conditions(header)
     try:
+        conditions = table_conditions(header)
         require_device(conditions.device)
         if header["device_uuid"] != device_uuid(conditions.device):
             return None, f"the latency table was measured on another device ({header.get('device')})"

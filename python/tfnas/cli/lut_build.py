@@ -17,7 +17,7 @@ from tfnas.latency.check import CheckResult, check_table
 from tfnas.latency.engine import Conditions
 from tfnas.latency.lut_io import load_table, save_table
 from tfnas.latency.partial_file import own_partial
-from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, Progress, build_table
+from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, Progress, build_table, describe_half_width
 from tfnas.space import Space
 from tfnas.space_io import load_space
 
@@ -46,13 +46,13 @@ def build(
         output: Table to write (JSON).
         config: Search configuration that names the space and the conditions; what follows overrides it.
         space: Search space, a built-in name or a YAML file.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda` or `cuda:1`; without it and the configuration's, CUDA where there is one.
         engine: What runs the networks: `eager`, `compile`, `fused` or `onnxruntime`. Profile what will be deployed.
         batch: Images a forward pass.
         threads: CPU threads.
         dtype: Type of weights and activations.
         layout: Memory layout of the activations.
-        budget_s: Seconds to spend, at least; the fewest samples that a table needs are taken in any case.
+        budget_s: Seconds to spend at most; the fewest samples that a table needs are taken in any case.
         seed: Order of the measurements, and the architectures the correction is fitted on.
         strict: End with exit code 3 when the machine was too noisy; the table is written all the same.
         json: Print the table's header as one JSON object.
@@ -91,7 +91,7 @@ def build(
     else:
         report, noise = table.header["additivity"], table.header["noise"]
         print(f"{output}: {len(table.curves)} curves from {table.header['widths_measured']} widths")
-        print(f"medians known to +-{100 * noise['half_width_median']:.1f} % (median over widths, 95 % confidence)")
+        print(f"medians {describe_half_width(noise)} (median over widths, 95 % confidence)")
         print(
             f"{report['architectures']} networks measured whole: mean error {100 * report['mape']:.1f} %, "
             f"{100 * report['raw_mape']:.1f} % before correction; rank correlation {report['spearman']:.3f}"

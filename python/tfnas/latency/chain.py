@@ -29,6 +29,18 @@ Section = Callable[[torch.Tensor], torch.Tensor]
 Sections = Sequence[Section]
 
 
+@torch.inference_mode()
+def run_through(sections: Sections, x: torch.Tensor) -> torch.Tensor:
+    """What the sections, one after the other, make of `x`, untimed.
+
+    The first time kernels are chosen, compiled and loaded and memory is allocated: not to be done in a timed pass, and
+    on a GPU not behind a closed gate, where some of it would wait for ever.
+    """
+    for section in sections:
+        x = section(x)
+    return x
+
+
 @dataclass(frozen=True)
 class Pass:
     """One run of a chain: milliseconds per section (float64 [sections]), and which of them something disturbed."""

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from tfnas.latency.additivity import REFERENCE, random_architectures
-from tfnas.latency.chain import ChainTimer, ReferenceLog, Section, Sections
+from tfnas.latency.chain import ChainTimer, ReferenceLog, Section, Sections, run_through
 from tfnas.latency.engine import Engine
 from tfnas.latency.measurements import Config, Measurements, Sample, usable
 from tfnas.space import Layer, OpKey, Space
@@ -141,12 +140,9 @@ class ChainProfiler:
                 tick()
 
     def warm(self, sections: Sections, passes: int = 3) -> None:
-        """Run a chain untimed: kernels are chosen and compiled, memory is allocated."""
-        with torch.inference_mode():
-            for _ in range(passes):
-                x = self._input
-                for section in sections:
-                    x = section(x)
+        """Run a chain untimed on the network's input."""
+        for _ in range(passes):
+            run_through(sections, self._input)
 
     def _visit(self, waiting: Sequence[Config]) -> None:
         queues = self._queues(waiting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from tfnas.latency.chain import Section
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 class FusedEngine(TorchEngine):
     """Sections are `tfnas_ext.nn.MBInvRes` in evaluation mode, on running statistics, bound to the native backend.
 
-    Raises `EngineUnavailable` where the native kernels cannot run the conditions (they are float32, channels_last),
-    so that a table named `fused` never holds times of the plain PyTorch reference.
+    Raises `EngineUnavailable` where the native kernels cannot run the conditions (CPU, float32, channels_last), so
+    that a table named `fused` never holds times of the plain PyTorch reference.
     """
 
     def __init__(self, space: Space, conditions: Conditions) -> None:
@@ -32,6 +33,8 @@ class FusedEngine(TorchEngine):
                 raise EngineUnavailable(
                     f"engine 'fused' runs with {name}={value} only, got {name}={getattr(conditions, name)}"
                 )
+        if torch.device(conditions.device).type != "cpu":
+            raise EngineUnavailable("engine 'fused' runs on the CPU only: profile with eager or compile on a GPU")
         try:
             self._backend = choose_backend(conditions.device)
         except BackendUnavailableError as error:

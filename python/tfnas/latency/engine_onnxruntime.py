@@ -29,10 +29,11 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class OnnxruntimeEngine:
     """Sessions of onnxruntime's CPU or CUDA provider, all graph optimisations on.
 
-    On the CPU `conditions.threads` threads; on a GPU torch's current stream. Inputs and outputs are bound to memory on
-    the device, so nothing is copied; a section's output is overwritten by its next call. Raises `EngineUnavailable`
-    where onnxruntime or onnx is not installed, the onnxruntime installed has no provider for the device, or the
-    conditions are not its own (float32; it chooses layouts itself, inputs are NCHW).
+    On the CPU `conditions.threads` threads; on a GPU torch's current stream, which must not be the default one, and no
+    call waits for the device. Inputs and outputs are bound to memory on the device, so nothing is copied; a section's
+    output is overwritten by its next call. Raises `EngineUnavailable` where onnxruntime or onnx is not installed, the
+    onnxruntime installed has no provider for the device, or the conditions are not its own (float32; it chooses layouts
+    itself, inputs are NCHW).
     """
 
     def __init__(self, space: Space, conditions: Conditions) -> None:
@@ -92,20 +93,31 @@ class OnnxruntimeEngine:
         session = self._onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=[(self._provider, self._provider_options())]
         )
-        return BoundSession(session, self._device)
+        return BoundSession(session, self._device, self._run_options())
+
+    def _run_options(self) -> Any:
+        options = self._onnxruntime.RunOptions()
+        if self._device.type != "cpu":
+            # a call would wait for its own end, which a timer holds back until everything is queued
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return options
 
     def _provider_options(self) -> dict[str, str]:
         if self._device.type == "cpu":
             return {}
         stream = torch.cuda.current_stream(self._device)
+        if (
+            stream.cuda_stream == 0
+        ):  # taken for "none": onnxruntime would work on one of its own, beside all time stamps
+            raise EngineUnavailable("engine 'onnxruntime' needs another stream than torch's default one on a GPU")
         return {"device_id": str(stream.device_index), "user_compute_stream": str(stream.cuda_stream)}
 
 
 class BoundSession:
     """A session called with a torch tensor [N, C, H, W], float32 on `device`; returns the same buffer every time."""
 
-    def __init__(self, session: Any, device: torch.device) -> None:
-        self._session, self._device = session, device
+    def __init__(self, session: Any, device: torch.device, run_options: Any = None) -> None:
+        self._session, self._device, self._run_options = session, device, run_options
         self._shapes: dict[torch.Size, torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +129,7 @@ class BoundSession:
             (first,) = self._session.run(None, {"x": x.cpu().numpy()})
             y = self._shapes[x.shape] = torch.empty(first.shape, device=self._device)
         self._bind(binding.bind_output, "y", y)
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, self._run_options)
         return y
 
     def _bind(self, bind: Callable[..., None], name: str, tensor: torch.Tensor) -> None:

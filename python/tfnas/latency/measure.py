@@ -9,19 +9,25 @@ from typing import Any
 
 from tfnas.architecture import Architecture
 from tfnas.latency.chain import ChainTimer
-from tfnas.latency.chain_profiler import ChainProfiler
-from tfnas.latency.conditions import make_engine, make_timer
-from tfnas.latency.engine import Conditions, Engine
+from tfnas.latency.conditions import make_profiler, prepared_process
+from tfnas.latency.engine import Conditions, Engine, EngineUnavailable
 from tfnas.latency.measurements import Config, Measurements
 from tfnas.space import Space
 from tfnas_ext.timing import Samples, StopRule
-from tfnas_ext.timing_host import pinned_threads, set_allocator
+
+NAMED = ("engine", "batch", "threads", "dtype", "layout")  # conditions that have the same name in a header
 
 
 def conditions_of(header: Mapping[str, Any]) -> Conditions:
-    """The conditions a table's header names; what an imported table does not say is taken from the defaults."""
-    known = {name: header[name] for name in ("engine", "batch", "threads", "dtype", "layout") if header.get(name)}
-    return Conditions(device=header.get("device_type") or "cpu", **known)
+    """The conditions a table's header names; what an imported table does not say is taken from the defaults.
+
+    Raises `EngineUnavailable` for conditions that nothing here can measure under.
+    """
+    known = {name: header[name] for name in NAMED if header.get(name)}
+    try:
+        return Conditions(device=header.get("device_type") or "cpu", **known)
+    except ValueError as error:
+        raise EngineUnavailable(f"the table's conditions cannot be measured under here: {error}") from None
 
 
 def measure_network_ms(
@@ -58,14 +64,10 @@ def measure_networks_ms(
         raise ValueError("archs: expected at least one architecture to measure")
     conditions = Conditions() if conditions is None else conditions
     rule = StopRule(0.01, min_samples=10, max_samples=60) if rule is None else rule
-    space = archs[0].space
-    set_allocator()
-    with pinned_threads(conditions.threads):
-        engine = engine or make_engine(space, conditions)
-        timer = timer or make_timer(conditions)
+    with prepared_process(conditions):
         data = Measurements()
-        profiler = ChainProfiler(space, engine, timer, data, seed=seed, now_s=now_s)
-        networks = [engine.network(arch) for arch in archs]
+        profiler = make_profiler(archs[0].space, conditions, data, seed=seed, engine=engine, timer=timer, now_s=now_s)
+        networks = [profiler.engine.network(arch) for arch in archs]
         results = profiler.measure_networks(networks, rule, now_s() + time_limit_s, least=3)
     facts = {"reference_ms": data.networks.reference.medians_ms()} | conditions.as_dict()
     return [replace(samples, facts=facts) for samples in results]
@@ -83,7 +85,7 @@ def measure_blocks_ms(
     timer: ChainTimer | None = None,
     now_s: Callable[[], float] = time.monotonic,
 ) -> list[Samples]:
-    """Latency in ms of single blocks, (curve key, width) each, in chains as a table build measures them.
+    """Latency in ms of single blocks, (curve key, width) each, in context as a table build measures them.
 
     For checking a table at widths that are not its knots; `facts` as in `measure_network_ms`.
     """
@@ -91,17 +93,9 @@ def measure_blocks_ms(
         raise ValueError("configs: expected at least one (key, width) to measure")
     conditions = Conditions() if conditions is None else conditions
     rule = StopRule(0.01, min_samples=10, max_samples=60) if rule is None else rule
-    set_allocator()
-    with pinned_threads(conditions.threads):
+    with prepared_process(conditions):
         data = Measurements()
-        profiler = ChainProfiler(
-            space,
-            engine or make_engine(space, conditions),
-            timer or make_timer(conditions),
-            data,
-            seed=seed,
-            now_s=now_s,
-        )
+        profiler = make_profiler(space, conditions, data, seed=seed, engine=engine, timer=timer, now_s=now_s)
         profiler.measure(configs, rule, now_s() + time_limit_s)
     slowness = data.slowness()
     facts = {"reference_ms": data.reference.medians_ms()} | conditions.as_dict()

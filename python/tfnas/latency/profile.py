@@ -12,7 +12,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,17 +24,15 @@ from tfnas.latency.additivity import FITTING, FloatArray, additivity_report, fit
 from tfnas.latency.chain import ChainTimer
 from tfnas.latency.chain_cuda import CudaChainTimer
 from tfnas.latency.chain_profiler import NETWORK_RULE, ChainProfiler
-from tfnas.latency.conditions import make_engine, make_section_timer, make_timer
+from tfnas.latency.conditions import make_profiler, mode_of, prepared_process
 from tfnas.latency.engine import Conditions, Engine
 from tfnas.latency.header import describe_conditions, device_uuid
 from tfnas.latency.knots import KnotPlacement, searchable_ranges
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.measurements import Measurements
-from tfnas.latency.slope_profiler import SlopeProfiler
 from tfnas.space import Space
 from tfnas.space_io import space_to_dict
 from tfnas_ext.timing import StopRule, Timer
-from tfnas_ext.timing_host import pinned_threads, set_allocator
 
 _NETWORKS_SHARE = 0.25  # of the budget at most; the rest is for widths
 _ROUND_SHARE = 0.4  # of what is left of that, for one round of widths
@@ -85,9 +83,7 @@ class ProfileOptions:
     @property
     def chosen_mode(self) -> str:
         """ "chain" or "slope"."""
-        if self.mode != "auto":
-            return self.mode
-        return "slope" if torch.device(self.conditions.device).type == "cuda" else "chain"
+        return mode_of(self.conditions.device) if self.mode == "auto" else self.mode
 
     @property
     def period(self) -> int:
@@ -124,19 +120,22 @@ def build_table(
     Not deterministic, being a measurement; which configurations meet in which chain follows `options.seed`.
     """
     options = ProfileOptions() if options is None else options
-    allocator = set_allocator()
-    with pinned_threads(options.conditions.threads):
-        build = _Build(
+
+    def profiler_of(data: Measurements) -> ChainProfiler:
+        return make_profiler(
             space,
-            options,
-            engine or make_engine(space, options.conditions),
-            timer or make_timer(options.conditions),
-            section_timer or make_section_timer(options.conditions),
-            partial,
-            progress,
-            now_s,
+            options.conditions,
+            data,
+            mode=options.mode,
+            seed=options.seed,
+            engine=engine,
+            timer=timer,
+            section_timer=section_timer,
+            now_s=now_s,
         )
-        return build.run(allocator)
+
+    with prepared_process(options.conditions) as allocator:
+        return _Build(space, options, profiler_of, partial, progress, now_s).run(allocator)
 
 
 def _identity(space: Space, options: ProfileOptions) -> dict[str, Any]:
@@ -153,19 +152,23 @@ def _identity(space: Space, options: ProfileOptions) -> dict[str, Any]:
     }
 
 
+def describe_half_width(noise: Mapping[str, Any]) -> str:
+    """How well a table's medians are known, in words, from its header's `noise`."""
+    half_width: float = noise["half_width_median"]
+    return f"known to +-{100 * half_width:.1f} %" if half_width < 1 else "of too few samples to know how good they are"
+
+
 class _Build:
     def __init__(
         self,
         space: Space,
         options: ProfileOptions,
-        engine: Engine,
-        timer: ChainTimer,
-        section_timer: Timer,
+        profiler_of: Callable[[Measurements], ChainProfiler],
         partial: str | os.PathLike[str] | None,
         progress: Callable[[Progress], None] | None,
         now_s: Callable[[], float],
     ) -> None:
-        self.space, self.options, self.engine, self.timer = space, options, engine, timer
+        self.space, self.options = space, options
         self.partial, self.progress, self.now_s = partial, progress, now_s
         self.identity = _identity(space, options)
         resumed = partial is not None and os.path.exists(partial)
@@ -177,12 +180,7 @@ class _Build:
         self.start_s = now_s()
         self.saved_s = self.start_s
         self.rule = StopRule(options.half_width, options.min_samples, options.max_samples, options.budget_s)
-        shared = (space, engine, timer, self.data)
-        self.profiler = (
-            SlopeProfiler(*shared, section_timer=section_timer, seed=options.seed, now_s=now_s)
-            if options.chosen_mode == "slope"
-            else ChainProfiler(*shared, seed=options.seed, now_s=now_s)
-        )
+        self.profiler = profiler_of(self.data)
 
     @property
     def spent_s(self) -> float:
@@ -212,13 +210,13 @@ class _Build:
             "seed": self.options.seed,
             "noise": noise,
             "additivity": additivity.as_dict(),
-            "sm_clock": self.timer.clock_facts() if isinstance(self.timer, CudaChainTimer) else {},
+            "sm_clock": timer.clock_facts() if isinstance(timer := self.profiler.timer, CudaChainTimer) else {},
         }
         if noise["noisy"]:
             warnings.warn(
-                f"the machine was not quiet: medians are known to +-{100 * noise['half_width_median']:.1f} % only, "
-                f"{100 * self.options.half_width:.1f} % were asked for, and {100 * noise['disturbed_share']:.0f} % of "
-                "the timed sections were disturbed; the table's header says so",
+                f"the machine was not quiet, or the time too short: medians are {describe_half_width(noise)}, "
+                f"+-{100 * self.options.half_width:.1f} % were asked for, and {100 * noise['disturbed_share']:.0f} % "
+                "of the timed sections were disturbed; the table's header says so",
                 NoisyMachineWarning,
                 stacklevel=3,
             )
@@ -257,7 +255,7 @@ class _Build:
     def _measure_networks(self) -> tuple[list[Architecture], FloatArray]:
         """Random architectures and their measured totals in ms."""
         archs = random_architectures(self.space, self.options.fit_architectures, seed=(self.options.seed, FITTING))
-        networks = [self.engine.network(arch) for arch in archs]
+        networks = [self.profiler.engine.network(arch) for arch in archs]
         deadline_s = self.deadline_s(_NETWORKS_SHARE)
         measured = self.profiler.measure_networks(
             networks, NETWORK_RULE, deadline_s, tick=lambda: self._tick("networks")

@@ -2,7 +2,7 @@
 
 A block that can follow itself (same shape in and out) does: its input is warm from the copy before it, as in a
 network, its weights are cold. Others run on independent inputs, one a copy. Whole networks, those of reference too, are
-timed as in `ChainProfiler`.
+timed without time stamps inside, on a GPU as captured graphs as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tfnas.latency.chain import Section, Sections
+from tfnas.latency.chain import Section, Sections, run_through
 from tfnas.latency.chain_profiler import ChainProfiler
 from tfnas.latency.measurements import Config, Sample
 from tfnas_ext.timing import Samples, Timer
@@ -32,18 +32,37 @@ class SlopeProfiler(ChainProfiler):
         self.section_timer = section_timer
         self._chains: dict[Config | str, dict[int, Callable[[], object]]] = {}
         self._visits = 0
+        self._references = [self._undivided(network) for network in self._references]
 
     def measure_networks(self, networks: Sequence[Sections], *args: Any, **kwargs: Any) -> list[Samples]:
         """As `ChainProfiler.measure_networks`, without time stamps inside the networks."""
-        return super().measure_networks([[composed(network)] for network in networks], *args, **kwargs)
+        return super().measure_networks([self._undivided(network) for network in networks], *args, **kwargs)
+
+    def _undivided(self, network: Sections) -> list[Section]:
+        """A whole network as one section, which on a GPU replays what was captured on the network's input.
+
+        Captured, it is one entry of the queue behind the gate: a thousand kernels would not fit there.
+        """
+        if not isinstance(self.section_timer, CudaTimer) or not self.section_timer.graph:
+            return [lambda x: run_through(network, x)]
+
+        def call() -> None:
+            run_through(network, self._input)
+
+        self.section_timer.warm_up(call, 3)
+        replay = self.section_timer.replayed(call)
+
+        def section(x: torch.Tensor) -> torch.Tensor:
+            replay()
+            return x
+
+        return [section]
 
     def _visit(self, waiting: Sequence[Config]) -> None:
         self._forget(set(self._chains) - set(waiting) - {"stem", "head"})
         if self._visits % _BASE_EVERY == 0:
             self._sample("stem", self.engine.stem, self._input, self.measurements.stem)
-            with torch.inference_mode():
-                x = composed(self._filling[:-1])(self._input)
-            self._sample("head", self.engine.head, x, self.measurements.head)
+            self._sample("head", self.engine.head, run_through(self._filling[:-1], self._input), self.measurements.head)
         self._visits += 1
         fewest = min(self.measurements.count(config) for config in waiting)
         config = self.rng.choice(np.array([i for i, c in enumerate(waiting) if self.measurements.count(c) == fewest]))
@@ -54,13 +73,7 @@ class SlopeProfiler(ChainProfiler):
         x = x.contiguous(memory_format=layout)
         samples = self.measurements.blocks[key, width]
         follows_itself = key.stride == 1 and key.in_channels == key.out_channels
-        self._sample(
-            (key, width),
-            lambda: self.engine.block(key, width),
-            x,
-            samples,
-            follows_itself,
-        )
+        self._sample((key, width), lambda: self.engine.block(key, width), x, samples, follows_itself)
 
     def _sample(
         self,
@@ -87,17 +100,6 @@ class SlopeProfiler(ChainProfiler):
             chains = self._chains.pop(name)
             if isinstance(self.section_timer, CudaTimer):
                 self.section_timer.forget(chains.values())
-
-
-def composed(sections: Sections) -> Section:
-    """All sections as one."""
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        for section in sections:
-            x = section(x)
-        return x
-
-    return run
 
 
 def chain_of(copies: Sections, inputs: Sequence[torch.Tensor], follows_itself: bool) -> Callable[[], object]:
