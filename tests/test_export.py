@@ -14,11 +14,13 @@ import torch
 from latency_tables import synthetic_table
 from tfnas.architecture import load_architecture
 from tfnas.cli import run_command
+from tfnas.data import DataOptions, build_data
 from tfnas.export import ExportMismatch, export_onnx, export_timm
 from tfnas.latency.lut_io import save_table
 from tfnas.published_config import load_published_config
+from tfnas.space_io import load_space
 from tfnas.train import train
-from tfnas.weights import fresh_network, network_with, read_weights
+from tfnas.weights import fresh_network, network_with, read_weights, save_weights
 from train_cases import tiny_architecture, train_config
 
 
@@ -142,3 +144,67 @@ def test_evaluate_refuses(trained: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "tfnas train --run" in capsys.readouterr().err
     assert run_command("evaluate", ["--run", str(trained), "--weights", "bset"]) == 2
     assert "best or last" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_a_table_before_the_images(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_table(tmp_path / "other.json", synthetic_table(load_space("small")))
+    monkeypatch.setattr("tfnas.cli.evaluate.build_data", lambda *a: pytest.fail("the images were read"))
+    for name, part in (("missing.json", "no such file"), ("other.json", "has no curve for")):
+        assert run_command("evaluate", ["--run", str(trained), "--lut", str(tmp_path / name)]) == 2
+        assert part in capsys.readouterr().err
+
+
+def _archive(path: Path, brightness: int, names: str, test: bool = True) -> str:
+    """Images of four classes; those of a class hold one gray value."""
+    labels = np.arange(20) % 4
+    pixels = np.broadcast_to((brightness + 40 * labels)[:, None, None], (20, 8, 8)).astype(np.uint8)
+    arrays = {"train_images": pixels, "train_labels": labels}
+    if test:
+        arrays |= {"test_images": pixels[:9], "test_labels": labels[:9]}
+    np.savez(path, class_names=np.array(list(names)), **arrays)  # type: ignore[arg-type]
+    return str(path)
+
+
+def test_evaluate_on_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own test images, in the training's normalisation; classes in another order would be wrong in silence."""
+    own = _archive(tmp_path / "own.npz", 0, "abcd")
+    _archive(tmp_path / "test.npz", 90, "abcd")
+    config = train_config(tmp_path, epochs=1, data=own, dataset={"test_source": str(tmp_path / "test.npz")})
+    network = train(config, []).network
+    folder = str(tmp_path / "run")
+
+    def evaluated(data: str) -> dict[str, Any]:
+        assert run_command("evaluate", [folder, "--data", data, "--json", "--threads", "1"]) == 0
+        facts: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return facts
+
+    spread = build_data(DataOptions(own), 0).train.normalisation
+    for brightness in (0, 60):
+        other = _archive(tmp_path / f"{brightness}.npz", brightness, "wxyz")
+        labels = torch.arange(9) % 4
+        levels = (brightness + 40.0 * labels) / 255
+        values = ((levels - spread.mean[0]) / spread.std[0])[:, None, None, None]
+        with torch.no_grad():
+            logits = network.double()(values.expand(9, 1, 8, 8).double())
+        expected = float(torch.nn.functional.cross_entropy(logits, labels))
+        assert evaluated(other)["loss"] == pytest.approx(expected, rel=1e-4)
+    for data, part in (
+        (_archive(tmp_path / "order.npz", 0, "abdc"), "class 'd' is number 2 there, and was 3 in training"),
+        (_archive(tmp_path / "no test.npz", 0, "abcd", test=False), "no test images"),
+        ("fake", "has 10 classes, the trained network 4"),
+    ):
+        assert run_command("evaluate", [folder, "--data", data]) == 2
+        assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("mean", "[0.5"), ("std", "1"), ("classes", '{"a": 1}')])
+def test_evaluate_refuses_a_header_that_is_none(
+    trained: Path, tmp_path: Path, name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained / "training", tmp_path / "run")
+    weights, facts = read_weights(tmp_path / "run" / "best.safetensors")
+    save_weights(tmp_path / "run" / "best.safetensors", weights, facts | {name: value})
+    assert run_command("evaluate", ["--run", str(tmp_path / "run")]) == 2
+    assert f"{name} in the weights' header: expected a JSON list" in capsys.readouterr().err

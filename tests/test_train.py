@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from search_cases import assert_equal_bits
-from tfnas.architecture import load_architecture
+from tfnas.architecture import load_architecture, save_architecture
 from tfnas.checkpoint import load_checkpoint
 from tfnas.cli import run_command
 from tfnas.cli.train import parse_train_arguments
@@ -31,7 +31,7 @@ from tfnas.train_loop import TrainingFailed, TrainLoop
 from tfnas.train_progress import TRAINING
 from tfnas.weights import network_with, read_weights
 from torch import Tensor
-from train_cases import train_config, train_values
+from train_cases import tiny_architecture, train_config, train_values
 
 from tfnas_ext._native import MODULE
 
@@ -143,6 +143,34 @@ def test_resumes_bit_for_bit(tmp_path: Path, stop_at: int, changes: dict[str, An
     torch.manual_seed(stop_at)  # what the caller does with the global generator must not matter
     train(dataclasses.replace(config, resume=True), [])
     assert_equal_bits(results_of(tmp_path / "whole" / "run"), results_of(tmp_path / "parts" / "run"))
+
+
+def test_a_folder_that_was_moved_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own copy of the architecture is enough; another network under the old name is still refused."""
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    train(train_config(tmp_path / "whole"), [])
+    with pytest.MonkeyPatch.context() as patch:
+        original = TrainLoop._optimize
+
+        def stopping(self: TrainLoop, batches: list[tuple[Tensor, Tensor]]) -> None:
+            original(self, batches)
+            if self.step == 4:
+                raise KeyboardInterrupt
+
+        patch.setattr(TrainLoop, "_optimize", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(train_config(tmp_path / "parts"), [])
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    resume = ["--resume", "--output", str(tmp_path / "moved" / "run")]
+    (tmp_path / "parts").mkdir()
+    save_architecture(tmp_path / "parts" / "architecture.json", tiny_architecture(tmp_path, head_channels=24))
+    assert run_command("train", resume) == 2
+    assert "belongs to another training: its architecture is" in capsys.readouterr().err
+    (tmp_path / "parts" / "architecture.json").unlink()
+    assert run_command("train", resume) == 0
+    assert "architecture.json is gone; going on with" in capsys.readouterr().out
+    assert_equal_bits(results_of(tmp_path / "whole" / "run"), results_of(tmp_path / "moved" / "run"))
 
 
 def test_stops_on_a_signal_after_a_checkpoint(tmp_path: Path) -> None:

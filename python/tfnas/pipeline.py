@@ -138,8 +138,9 @@ def _prepared(config: SearchConfig, callbacks: Sequence[Callback] | None) -> Ite
         table = processes.from_first(lambda: obtain_table(config, space, device, folder / TABLE_FILE, reporter.say))
         target = choose_target(space, table, config.target_latency_ms)
         supernet = make_supernet(config, dataclasses.replace(space, num_classes=data.num_classes), device)
-        reporter.open(folder, state["metrics_bytes"] if state else 0)
         loop = BilevelSearch(config, supernet, data, table, target, folder, reporter, state, processes)
+        # not before the checkpoint is known to be this search's
+        reporter.open(folder, state["metrics_bytes"] if state else 0)
         reporter.record(_start_record(config, loop, data, device), write=state is None)
         yield _Prepared(config, space, loop, reporter, processes, start_s)
 

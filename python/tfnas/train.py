@@ -15,9 +15,17 @@ from pathlib import Path
 
 import torch
 
-from tfnas.architecture import Architecture, count_multiply_adds, count_parameters, load_architecture, save_architecture
+from tfnas.architecture import (
+    Architecture,
+    builtin_architectures,
+    count_multiply_adds,
+    count_parameters,
+    load_architecture,
+    save_architecture,
+)
 from tfnas.begin import make_reporter, open_run, stored_state
 from tfnas.callbacks import Callback, Record
+from tfnas.checkpoint import has_checkpoint
 from tfnas.config import ConfigError
 from tfnas.config_io import config_to_dict
 from tfnas.data import DataBundle, build_data
@@ -75,7 +83,8 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] | None = None) -> T
     start_s = time.monotonic()
     use_threads(config.threads)
     device = choose_device(config.device)
-    given, facts = load_architecture(config.architecture)
+    file = _architecture_file(config)
+    given, facts = load_architecture(file)
     with ExitStack() as stack:
         processes = stack.enter_context(open_processes(device))
         reporter = make_reporter(config.tensorboard, callbacks, TRAINING, processes)
@@ -83,14 +92,17 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] | None = None) -> T
         folder = open_run(config, TRAIN, f"train-{Path(config.architecture).stem}", processes, stack)
         config = dataclasses.replace(config, output=str(folder))
         reporter.config(config_to_dict(config))
+        if file != config.architecture:
+            reporter.say(f"{config.architecture} is gone; going on with {file}")
         state = stored_state(config, folder, device, processes, reporter.say)
         data = _data(config, given, device, processes)
         say_skipped(data, reporter.say)
         arch = _with_classes(given, data, reporter.say)
+        loop = TrainLoop(config, make_network(config, arch, device), data, folder, reporter, state, processes)
+        # not before the checkpoint is known to be this training's
         if processes.is_first:
             save_architecture(folder / ARCHITECTURE_FILE, arch, **facts)
         reporter.open(folder, state["metrics_bytes"] if state else 0)
-        loop = TrainLoop(config, make_network(config, arch, device), data, folder, reporter, state, processes)
         reporter.record(_start_record(config, loop, data, device), write=state is None)
         loop.run()
         network = (
@@ -130,6 +142,14 @@ def make_network(config: TrainConfig, arch: Architecture, device: torch.device) 
         if config.engine == "fused" and (report.left or not report.replaced):
             raise ConfigError(f"engine: fused cannot run every block on {device}; take auto or eager. {report}")
     return network
+
+
+def _architecture_file(config: TrainConfig) -> str:
+    """`architecture`; of a training that goes on, its own copy where the file is gone, as when its folder was moved."""
+    known = config.architecture in builtin_architectures() or Path(config.architecture).exists()
+    if not known and config.resume and config.output and has_checkpoint(config.output):
+        return str(Path(config.output) / ARCHITECTURE_FILE)
+    return config.architecture
 
 
 def _data(config: TrainConfig, arch: Architecture, device: torch.device, processes: Processes) -> DataBundle:

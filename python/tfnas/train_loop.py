@@ -26,6 +26,7 @@ from tfnas.parallel import exchange_gradients, share_network
 from tfnas.processes import ALONE, Processes
 from tfnas.schedule import averaging_decay, warmup_cosine
 from tfnas.train_config import TrainConfig
+from tfnas.trained import images_facts
 from tfnas.weights import save_weights
 
 BEST_FILE = "best.safetensors"
@@ -73,6 +74,7 @@ class TrainLoop(RunLoop):
         self.data = data.train if config.validation == "held_out" else data.full_train
         self.validation = {"held_out": data.held_out, "test": data.test, "none": None}[config.validation]
         self.parameters = list(network.parameters())
+        self._trained_on = images_facts(data)
         super().__init__(
             epochs=config.epochs,
             steps_per_epoch=config.steps_per_epoch or -(-len(self.data) // config.accumulation_steps),
@@ -198,6 +200,7 @@ class TrainLoop(RunLoop):
             "best_accuracy": self.best_accuracy,
         }
         weights, facts = self.result.state_dict(), {"epoch": str(epoch), "selected_by": config.validation}
+        facts |= self._trained_on
         if self.processes.is_first:
             if best:
                 save_weights(self.folder / BEST_FILE, weights, facts)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tfnas.architecture import Architecture, load_architecture
-from tfnas.config import ConfigError
+from tfnas.config import ConfigError, DatasetConfig
+from tfnas.data import DataBundle
+from tfnas.fields import describe
 from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE, TABLE_FILE
 from tfnas.train_config import TRAIN, TrainConfig
 
@@ -50,3 +56,42 @@ def find_in_run(folder: str | os.PathLike[str], weights: str = "best") -> Found:
         TRAIN.load(trained / CONFIG_FILE),
         table,
     )
+
+
+def images_facts(data: DataBundle) -> dict[str, str]:
+    """What the weights of a network presuppose of its images, for `save_weights`: classes in order, normalisation."""
+    values = data.train.normalisation
+    facts = {"classes": list(data.class_names), "mean": list(values.mean), "std": list(values.std)}
+    return {name: json.dumps(value) for name, value in facts.items()}
+
+
+def with_facts(dataset: DatasetConfig, facts: Mapping[str, str]) -> DatasetConfig:
+    """`dataset` with the mean and deviation that the network was trained with, where its weights tell them."""
+    if "mean" not in facts or "std" not in facts:
+        return dataset
+    return dataclasses.replace(dataset, mean=_list(facts, "mean"), std=_list(facts, "std"))
+
+
+def require_classes(data: DataBundle, name: str, facts: Mapping[str, str]) -> None:
+    """Raise `ValueError` where a class has another number in `data`, called `name`, than the weights were trained for.
+
+    Names that the training did not know may be other words for the same classes.
+    """
+    trained = _list(facts, "classes") if "classes" in facts else []
+    for number, given in enumerate(data.class_names):
+        if given in trained and trained.index(given) != number:
+            known = ", ".join(map(str, trained[:10])) + (", ..." if len(trained) > 10 else "")
+            raise ValueError(
+                f"data {name}: class {given!r} is number {number} there, and was {trained.index(given)} in training "
+                f"({known}); bring the classes into one order"
+            )
+
+
+def _list(facts: Mapping[str, str], name: str) -> list[Any]:
+    try:
+        value = json.loads(facts[name])
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, list):
+        raise ValueError(f"{name} in the weights' header: expected a JSON list, got {describe(facts[name])}")
+    return value

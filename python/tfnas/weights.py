@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,8 @@ from tfnas.architecture import Architecture
 from tfnas.fields import suggestion
 from tfnas.files import write_bytes_atomically
 from tfnas.network import Network, build_network
+
+T = TypeVar("T")
 
 
 def save_weights(
@@ -27,13 +30,25 @@ def save_weights(
 
 def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and facts of a safetensors file. Raises `FileNotFoundError`, or `ValueError` for a damaged file."""
+    return _open(
+        path,
+        lambda file: ({name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})),  # noqa: SIM118
+    )
+
+
+def _open(path: str | os.PathLike[str], read: Callable[[Any], T]) -> T:
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights {path}: no such file")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            return read(file)
     except SafetensorError as error:
         raise ValueError(f"weights {path}: not a safetensors file, or truncated ({error})") from None
+
+
+def read_facts(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Facts of a safetensors file, without its tensors; raises as `read_weights` does."""
+    return _open(path, lambda file: dict(file.metadata() or {}))
 
 
 def network_with(arch: Architecture, path: str | os.PathLike[str]) -> Network:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from kill_cases import Run, assert_same_end, end_of, short_search, short_training
+from search_cases import tiny_space
+from tfnas.architecture import save_architecture
 from tfnas.bilevel import BilevelSearch
 from tfnas.checkpoint import find_not_finite, has_checkpoint, load_checkpoint
 from tfnas.cli import main
@@ -23,6 +25,7 @@ from tfnas.cli.codes import BAD_INPUT, FAILED, OK
 from tfnas.evaluate import Accuracy
 from tfnas.run import RunFolder
 from tfnas.train_loop import TrainLoop
+from train_cases import tiny_architecture
 
 RUNS: dict[str, Callable[..., Run]] = {"search": short_search, "train": short_training}
 LOOPS: dict[str, type] = {"search": BilevelSearch, "train": TrainLoop}
@@ -246,6 +249,22 @@ def test_checkpoints_that_cannot_be_used(
         (folder / name).write_bytes(b"PK\3\4 half of it")
     refused("checkpoint.pt is damaged or truncated", "checkpoint.previous.pt is damaged or truncated")
     assert (folder / "checkpoint.previous.pt").read_bytes() == b"PK\3\4 half of it"
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_refused_resumption_changes_nothing(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The space, or the architecture, has another content under its name: every file of the run stays as it was."""
+    run = RUNS[kind](tmp_path / kind, epochs=1, **({"warmup_epochs": 0} if kind == "search" else {}))
+    folder = tmp_path / "run"
+    assert call(run, folder) == OK
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if kind == "search":
+        tiny_space(tmp_path / kind, head_channels=24)
+    else:
+        save_architecture(tmp_path / kind / "architecture.json", tiny_architecture(tmp_path, head_channels=24))
+    assert call(run, folder) == BAD_INPUT
+    assert f"belongs to another {'search' if kind == 'search' else 'training'}" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_lock_is_let_go_when_a_run_fails(tmp_path: Path) -> None:

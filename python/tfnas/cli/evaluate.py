@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tfnas.architecture import load_architecture
+from tfnas.architecture import Architecture
 from tfnas.cli.codes import OK
 from tfnas.data import build_data
 from tfnas.evaluate import evaluate_network
@@ -18,8 +18,8 @@ from tfnas.pipeline import choose_device, data_options
 from tfnas.target import measured_latency_ms
 from tfnas.threads import use_threads
 from tfnas.train_config import TrainConfig
-from tfnas.trained import find_in_run
-from tfnas.weights import network_with
+from tfnas.trained import find_in_run, require_classes, with_facts
+from tfnas.weights import network_with, read_facts
 from tfnas_ext import accelerate
 
 
@@ -38,7 +38,7 @@ def evaluate(
     Args:
         run: Folder of a training, or of a search whose network has been trained there.
         weights: `best` or `last`.
-        data: Images, where not those of the training.
+        data: Images, where not those of the training; normalised as those were.
         lut: Latency table; null takes the search's.
         skip_latency: Leave out measuring the latency, which is done where the table is of this machine.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`; of the accuracy, not of the latency.
@@ -51,16 +51,16 @@ def evaluate(
     found = find_in_run(run, weights)
     if found.training is None or found.weights is None:
         raise ValueError(f"run {run} has no {weights} weights; train it by `tfnas train --run {run}`")
-    config = found.training if data is None else dataclasses.replace(found.training, data=data)
+    config = found.training if data is None else _with_data(found.training, data)
+    # What can be refused at once is not refused after the images.
+    table_file = lut or found.table
+    table = load_table(table_file) if table_file is not None else None
+    by_table = table.architecture_ms(found.architecture) if table is not None else None
     facts: dict[str, Any] = {"run": str(run), "weights": str(found.weights), "data": config.data}
-    facts |= _accuracy(config, found.weights, found.weights.parent, device, threads)
-    table = lut or found.table
+    facts |= _accuracy(config, found.architecture, found.weights, device, threads)
     if table is not None:
-        latency_table = load_table(table)
-        facts["lut_latency_ms"] = latency_table.architecture_ms(found.architecture)
-        measured, reason = (
-            (None, "not asked for") if skip_latency else measured_latency_ms(found.architecture, latency_table)
-        )
+        facts["lut_latency_ms"] = by_table
+        measured, reason = (None, "not asked for") if skip_latency else measured_latency_ms(found.architecture, table)
         facts["measured_latency_ms"] = measured
         if reason is not None:
             facts["not_measured_because"] = reason
@@ -71,12 +71,20 @@ def evaluate(
     return OK
 
 
+def _with_data(config: TrainConfig, data: str) -> TrainConfig:
+    """Other images; nothing said about where the training's own lie holds for them."""
+    return dataclasses.replace(
+        config, data=data, dataset=dataclasses.replace(config.dataset, format="auto", test_source=None)
+    )
+
+
 def _accuracy(
-    config: TrainConfig, weights: Path, folder: Path, device_name: str, threads: int | None
+    config: TrainConfig, arch: Architecture, weights: Path, device_name: str, threads: int | None
 ) -> dict[str, Any]:
     use_threads(threads)
     device = choose_device(device_name)
-    arch, _ = load_architecture(folder / "architecture.json")
+    trained_on = read_facts(weights)
+    config = dataclasses.replace(config, dataset=with_facts(config.dataset, trained_on))
     space = dataclasses.replace(arch.space, resolution=config.resolution or arch.space.resolution)
     images = build_data(data_options(config, space, device), config.seed)
     if images.test is None:
@@ -85,6 +93,7 @@ def _accuracy(
         raise ValueError(
             f"data {config.data} has {images.num_classes} classes, the trained network {arch.space.num_classes}"
         )
+    require_classes(images, config.data, trained_on)
     network = network_with(arch, weights).to(device).to(memory_format=torch.channels_last)
     accelerate(network)  # on a CPU: batch norms folded, one fused forward pass a block
     result = evaluate_network(network, images.test.epoch(0), config.precision)
