@@ -45,10 +45,12 @@ from tfnas.space_io import load_space
 
 from tfnas_ext.timing import StopRule
 
+CONDITIONS = ("device", "engine", "batch", "threads", "layout")
+
 
 def step_build(args: argparse.Namespace) -> dict[str, Any]:
     """Build one table and save it."""
-    conditions = Conditions(engine=args.engine, batch=args.batch, threads=args.threads, layout=args.layout)
+    conditions = Conditions(**{name: getattr(args, name) for name in CONDITIONS})
     start = time.monotonic()
     table = build_table(load_space(args.space), ProfileOptions(conditions, budget_s=args.budget_s, seed=args.seed))
     save_table(args.table, table)
@@ -144,7 +146,7 @@ def in_fresh_process(args: argparse.Namespace, step: str, table: Path, seed: int
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [*shlex.split(args.prefix), sys.executable, __file__, "--step", step, "--table", str(table)]
-        for name in ("space", "engine", "batch", "threads", "layout", "budget_s", "held_out", "architectures"):
+        for name in ("space", *CONDITIONS, "budget_s", "held_out", "architectures"):
             command += [f"--{name}", str(getattr(args, name))]
         command += ["--seed", str(seed), "--json", str(answer)]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
@@ -156,9 +158,9 @@ def in_fresh_process(args: argparse.Namespace, step: str, table: Path, seed: int
 def run_all(args: argparse.Namespace) -> dict[str, Any]:
     """Build the tables, then ask the questions about the first."""
     result: dict[str, Any] = {
-        "machine": {"device": device_name("cpu"), "cores": os.cpu_count(), "torch": torch.__version__},
+        "machine": {"device": device_name(args.device), "cores": os.cpu_count(), "torch": torch.__version__},
         "space": args.space,
-        "conditions": {name: getattr(args, name) for name in ("engine", "batch", "threads", "layout")},
+        "conditions": {name: getattr(args, name) for name in CONDITIONS},
         "budget_s": args.budget_s,
     }
     folder = Path(args.tables or tempfile.mkdtemp(prefix="lut_accuracy_"))
@@ -180,6 +182,7 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--space", default="imagenet")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--engine", default="eager")
     parser.add_argument("--layout", default="nchw", choices=("nchw", "channels_last"))
     parser.add_argument("--batch", type=int, default=1)

@@ -12,6 +12,7 @@ from tfnas.cli import lut_build
 from tfnas.cli.codes import NOISY, OK
 from tfnas.latency.additivity import CHECKING, FITTING, random_architectures
 from tfnas.latency.check import CheckResult, check_table
+from tfnas.latency.engine import EngineUnavailable
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.lut_io import load_table, save_table
 from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, build_table
@@ -71,9 +72,16 @@ def test_differences_of_machine_and_software_are_remarked(table: LatencyTable) -
 
 
 def test_an_imported_table_knows_no_scale(table: LatencyTable) -> None:
-    result = check(replace(table, header={}), Machine(), architectures=5)
+    result = check(replace(table, header={"engine": "eager", "batch": 1}), Machine(), architectures=5)
     assert result.scale is None
     assert result.bias == result.raw_bias
+    assert [r for r in result.remarks if r.endswith("assumed: threads 1, dtype float32, layout nchw")]
+
+
+@pytest.mark.parametrize("stated", [{"engine": "tensorrt"}, {"device_type": "npu"}, {"threads": 10**7}])
+def test_conditions_that_nothing_here_measures_are_the_tables(table: LatencyTable, stated: dict[str, object]) -> None:
+    with pytest.raises(EngineUnavailable, match=f"the table's conditions.*{next(iter(stated.values()))}"):
+        check_table(replace(table, header=stated), SMALL, 5)
 
 
 def test_never_the_networks_of_the_fit() -> None:

@@ -176,6 +176,23 @@ def test_progress_counts_down() -> None:
     assert left == sorted(left, reverse=True)
 
 
+def test_a_build_can_be_stopped_before_its_first_sample() -> None:
+    """Its networks are warmed first, which takes minutes for large batches."""
+    machine = Machine()
+    seen: list[int] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(machine.calls)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(machine, progress=stop)
+    whole = Machine()
+    with pytest.warns(NoisyMachineWarning, match="too few samples"):
+        build(whole, options=ProfileOptions(budget_s=1e-3, noise_limit=0.9))
+    assert seen[0] < whole.calls / 5
+
+
 @pytest.mark.parametrize(
     ("bad", "name"),
     [({"budget_s": 0.0}, "budget_s"), ({"tolerance": float("nan")}, "tolerance"), ({"min_samples": 1}, "min_samples")],

@@ -109,6 +109,15 @@ def other_schema(document: dict[str, Any]) -> None:
     document["partial_schema_version"] = PARTIAL_SCHEMA_VERSION - 1
 
 
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_cut_file_is_told_and_left(kept: str, tmp_path: Path, share: float) -> None:
+    partial = tmp_path / "partial"
+    partial.write_text(kept[: int(share * len(kept))])
+    with pytest.raises(ValueError, match=r"partial: .*truncated.*; delete it"):
+        build(partial)
+    assert partial.read_text() == kept[: int(share * len(kept))]
+
+
 @pytest.mark.parametrize(
     "break_it",
     [

@@ -123,6 +123,7 @@ class ChainProfiler:
         """
         for network in networks:
             self.warm(network)
+            tick()  # warming all of them takes minutes where batches are large or networks are compiled
         into = self.measurements.networks
         into.totals += [[] for _ in range(len(networks) - len(into.totals))]
         met = set[int]()

@@ -20,7 +20,7 @@ from tfnas.latency.chain_profiler import NETWORK_RULE
 from tfnas.latency.engine import Conditions, Engine
 from tfnas.latency.header import device_name, device_uuid
 from tfnas.latency.lut import LatencyTable
-from tfnas.latency.measure import conditions_of, measure_networks_ms
+from tfnas.latency.measure import NAMED, conditions_of, measure_networks_ms
 from tfnas.space import Space
 
 
@@ -144,6 +144,9 @@ def _reasons(result: CheckResult, limits: CheckLimits) -> list[str]:
 def _remarks(table: LatencyTable, conditions: Conditions) -> list[str]:
     """What differs between the table's header and here, beyond the conditions that were reproduced."""
     header, remarks = table.header, []
+    assumed = [f"{name} {getattr(conditions, name)}" for name in NAMED if not header.get(name)]
+    if assumed:
+        remarks.append(f"the table does not say all that it was measured under; assumed: {', '.join(assumed)}")
     here = {
         "device": device_name(conditions.device),
         "device_uuid": device_uuid(conditions.device),

@@ -151,7 +151,10 @@ class Measurements:
     @staticmethod
     def load(path: str | os.PathLike[str], conditions: Mapping[str, Any]) -> Measurements:
         """Read what `save` wrote. ValueError when the file is not one, or was measured under other conditions."""
-        document = read_json(path)
+        try:
+            document = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it") from None
         if not isinstance(document, dict) or document.get("partial_schema_version") != PARTIAL_SCHEMA_VERSION:
             raise ValueError(f"{path}: not a partial latency table of version {PARTIAL_SCHEMA_VERSION}; delete it")
         then, now = document.get("conditions"), json.loads(json.dumps(dict(conditions)))
