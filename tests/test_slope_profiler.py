@@ -40,11 +40,15 @@ def test_a_chain_runs_on_its_own_outputs_or_on_inputs_of_their_own(follows_itsel
     assert inputs == seen
 
 
-@pytest.mark.parametrize(("slope_ms", "rejected"), [(0.5, 0), (0.5, 1), (0.0, 0), (-0.1, 0)])
-def test_samples_of_rejected_or_impossible_slopes_are_marked(
-    slope_ms: float, rejected: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("slope_ms", "rejected", "disturbed"),
+    [(0.5, 0, False), (0.5, 1, False), (0.5, 3, True), (0.0, 0, False), (-0.1, 0, False)],
+)
+def test_samples_of_disturbed_or_impossible_slopes_are_marked(
+    slope_ms: float, rejected: int, disturbed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slope_profiler, "measure_slope", lambda *_, **__: Slope(slope_ms, 0.0, 0.0, rejected))
+    slope = Slope(slope_ms, 0.0, 0.0, rejected, disturbed)
+    monkeypatch.setattr(slope_profiler, "measure_slope", lambda *_, **__: slope)
     machine = Machine()
     data = Measurements()
     timer = machine.timer()
@@ -54,7 +58,7 @@ def test_samples_of_rejected_or_impossible_slopes_are_marked(
     samples = data.blocks[key, low]
     assert samples
     assert all(sample.ms > 0 for sample in samples)
-    assert {sample.disturbed for sample in samples} == {rejected > 0 or slope_ms <= 0}
+    assert {sample.disturbed for sample in samples} == {disturbed or slope_ms <= 0}
 
 
 class ForgettingTimer(CudaTimer):

@@ -168,6 +168,7 @@ def test_chains_are_read_in_random_order_and_not_for_ever() -> None:
     readings = 3 * len(lengths)
     assert len(order) == 3 * readings - 2  # the very first counts at once
     assert slope.rejected == len(order) - 1
+    assert slope.disturbed
     assert slope.slope_ms == pytest.approx(0.03)
     order.clear()
     measure_slope(
@@ -188,6 +189,7 @@ def test_measured_slope_is_the_marginal_cost() -> None:
     slope = measure_slope(CudaTimer(device), {n: chain(n) for n in (1, 2, 4, 8)}, rng=np.random.default_rng(0))
     assert slope.slope_ms == pytest.approx(0.03)
     assert slope.rejected == 1
+    assert not slope.disturbed  # it was taken again
     assert device.reads == 3 * 4 + 1
 
 

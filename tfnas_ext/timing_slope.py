@@ -18,12 +18,17 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Slope:
-    """T(R) = intercept + slope * R, in ms. `stderr_ms` is the standard error of the slope; `rejected` readings."""
+    """T(R) = intercept + slope * R, in ms. `stderr_ms` is the standard error of the slope.
+
+    `rejected` readings were taken again; `disturbed` says that one could not be had undisturbed and was used all the
+    same.
+    """
 
     slope_ms: float
     intercept_ms: float
     stderr_ms: float
     rejected: int = 0
+    disturbed: bool = False
 
 
 def fit_slope(lengths: FloatArray, times_ms: FloatArray) -> Slope:
@@ -58,7 +63,7 @@ def measure_slope(
     """
     lengths: list[int] = []
     times_ms: list[float] = []
-    rejected = 0
+    rejected, disturbed = 0, False
     for _ in range(repeats):
         for length in rng.permutation(list(chains)):
             for _ in range(attempts):
@@ -66,7 +71,8 @@ def measure_slope(
                 if not reading.disturbed:
                     break
                 rejected += 1
+            disturbed |= reading.disturbed
             lengths.append(int(length))
             times_ms.append(reading.ms)
     fit = fit_slope(np.asarray(lengths), np.asarray(times_ms))
-    return Slope(fit.slope_ms, fit.intercept_ms, fit.stderr_ms, rejected)
+    return Slope(fit.slope_ms, fit.intercept_ms, fit.stderr_ms, rejected, disturbed)

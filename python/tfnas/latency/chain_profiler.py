@@ -62,7 +62,6 @@ class ChainProfiler:
         self.repeats, self.warm_up, self.now_s = repeats, warm_up, now_s
         self.rng = np.random.default_rng(seed)
         self._input = engine.input()
-        self._stem, self._head = engine.stem(), engine.head()
         self._sections: dict[Config, Section] = {}
         self._filling = full_chain(space, engine)
         self.warm(self._filling)
@@ -147,23 +146,18 @@ class ChainProfiler:
 
     def _visit(self, waiting: Sequence[Config]) -> None:
         queues = self._queues(waiting)
-        sections: list[Section] = [self._stem]
-        places = [(0, self.measurements.stem)]
-        for layer in self.space.layers:
-            queue = queues.get(kind_of_layer(layer))
-            if queue:
+        sections = list(self._filling)
+        places = {0: self.measurements.stem, len(sections) - 1: self.measurements.head}
+        for place, layer in enumerate(self.space.layers, start=1):
+            if queue := queues.get(kind_of_layer(layer)):
                 config = queue.pop()
-                places.append((len(sections), self.measurements.blocks[config]))
-                sections.append(self._section(config))
-            else:
-                sections.append(self._filling[1 + layer.index])
-        places.append((len(sections), self.measurements.head))
-        sections.append(self._head)
+                places[place] = self.measurements.blocks[config]
+                sections[place] = self._section(config)
         with displaced_allocations(self.rng):
             self.warm(sections, self.warm_up)
             for _ in range(self.repeats):
                 pass_, number = self.timer.run(sections, self._input), self.measurements.next_pass()
-                for place, samples in places:
+                for place, samples in places.items():
                     samples.append(Sample(float(pass_.sections_ms[place]), number, bool(pass_.disturbed[place])))
             self._run_reference(self.measurements.reference)
 

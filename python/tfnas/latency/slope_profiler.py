@@ -91,7 +91,7 @@ class SlopeProfiler(ChainProfiler):
                 self.section_timer.warm_up(chain, 3)
         slope = measure_slope(self.section_timer, self._chains[name], rng=self.rng)
         # a slope of noise may come out at or below 0: nothing real is that fast
-        disturbed = slope.rejected > 0 or slope.slope_ms <= 0
+        disturbed = slope.disturbed or slope.slope_ms <= 0
         samples.append(Sample(max(slope.slope_ms, 1e-6), self.measurements.next_pass(), disturbed))
         self._run_reference(self.measurements.reference)
 
