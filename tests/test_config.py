@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from tfnas.config import ConfigError, SearchConfig, WeightsConfig
 from tfnas.config_io import (
     CONFIG_FOLDER,
+    SEARCH,
+    ConfigKind,
     config_from_dict,
     config_names,
     config_path,
@@ -19,6 +23,7 @@ from tfnas.config_io import (
     load_config,
     parse_search_arguments,
 )
+from tfnas.train_config import TRAIN
 
 
 def test_built_in_names() -> None:
@@ -164,3 +169,19 @@ def test_a_folder_of_the_same_name_does_not_hide_a_built_in(tmp_path: Path, monk
     (tmp_path / "quickstart").mkdir()
     monkeypatch.chdir(tmp_path)
     assert config_path("quickstart") == CONFIG_FOLDER / "quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        (TRAIN, "accumulation_steps"),
+        (TRAIN, "batch_size"),
+        (SEARCH, "log.held_out_batches"),
+        (SEARCH, "epochs"),
+        (SEARCH, "dataset.evaluation_batch_size"),
+    ],
+)
+def test_counts_that_no_iterator_takes_are_refused(kind: ConfigKind[Any], key: str) -> None:
+    """They would end the run on its way, with a message that does not name the key."""
+    with pytest.raises(ConfigError, match=rf"^{key} must be between \d+ and {sys.maxsize}, got {10**30}"):
+        kind.load("quickstart", {key: 10**30})

@@ -7,12 +7,16 @@ published code; `configs/imagenet.yaml` names the source of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from tfnas.files import is_text
 
 # OpenMP ends the process where it cannot start as many as it was told.
 MAX_THREADS = 4096
+MAX_COUNT = sys.maxsize  # of anything that is counted through
 
 
 class ConfigError(ValueError):
@@ -22,9 +26,21 @@ class ConfigError(ValueError):
 def check_bounds(bounds: Iterable[tuple[str, float | None, float, float]]) -> None:
     """Raise `ConfigError` at the first (key, value, smallest, largest allowed value) out of range; None is no value."""
     for key, value, low, high in bounds:
+        if high == math.inf and isinstance(value, int):
+            high = MAX_COUNT
         if value is not None and not (low <= value <= high):
-            wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            wanted = f"at least {low}" if high in (math.inf, MAX_COUNT) and value < low else f"between {low} and {high}"
             raise ConfigError(f"{key} must be {wanted}, got {value}")
+
+
+def check_text(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise `ConfigError` at the first value that is no text: it could be neither a file's name nor stored and read."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            check_text(value, f"{prefix}{key}.")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str) and not is_text(item):
+                raise ConfigError(f"{prefix}{key}: expected text, got {item!a}; rename it, or reach it by a link")
 
 
 @dataclass
@@ -278,6 +294,7 @@ class SearchConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        check_text(asdict(self))
         check_bounds(_bounds(self))
         if self.warmup_epochs > self.epochs:
             raise ConfigError(f"warmup_epochs ({self.warmup_epochs}) must not exceed epochs ({self.epochs})")

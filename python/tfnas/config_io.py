@@ -17,7 +17,6 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from tfnas.config import ConfigError, SearchConfig
-from tfnas.files import is_text
 from tfnas.strict_yaml import read_yaml
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -188,22 +187,8 @@ def _with_lists(value: Any) -> Any:
 
 
 def config_to_yaml(config: Any) -> str:
-    """Complete YAML of a configuration; `load_config` of it gives the same configuration.
-
-    Raises `ConfigError` for a name of bytes that are not text, which YAML cannot hold.
-    """
-    values = config_to_dict(config)
-    _require_text(values)
-    return yaml.safe_dump(values, sort_keys=False)
-
-
-def _require_text(values: Mapping[str, Any], prefix: str = "") -> None:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _require_text(value, f"{prefix}{key}.")
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, str) and not is_text(item):
-                raise ConfigError(f"{prefix}{key}: expected text, got {item!a}; rename it, or reach it by a link")
+    """Complete YAML of a configuration; `load_config` of it gives the same configuration."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
 def _bracketed(text: str) -> str:

@@ -100,5 +100,9 @@ def shown(path: str | bytes | os.PathLike[str]) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Whether `value` can be written as UTF-8: Python keeps the bytes of a name that is not text as lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+    """Whether `value` can be a name in a file written as UTF-8.
+
+    Not with a NUL, which ends names, nor with lone surrogates, as which Python keeps the bytes of a name that is not
+    text.
+    """
+    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from tfnas.config import MAX_THREADS, CheckpointConfig, ConfigError, DatasetConfig, check_bounds
+from tfnas.config import MAX_THREADS, CheckpointConfig, ConfigError, DatasetConfig, check_bounds, check_text
 from tfnas.config_io import CONFIG_FOLDER, ConfigKind
 
 
@@ -123,6 +123,7 @@ class TrainConfig:
     log: TrainLogConfig = field(default_factory=TrainLogConfig)
 
     def __post_init__(self) -> None:
+        check_text(asdict(self))
         check_bounds(_bounds(self))
         if self.optimizer.nesterov and self.optimizer.momentum == 0:
             raise ConfigError("optimizer.nesterov needs optimizer.momentum above 0, got 0")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kill_cases import short_search
 from tfnas.cli import COMMANDS, main, search_main
 from tfnas.cli.codes import BAD_INPUT, OK
 from tfnas.config import ConfigError
-from tfnas.config_io import load_config
-from tfnas.pipeline import search
+from tfnas.config_io import SEARCH, ConfigKind
+from tfnas.train_config import TRAIN
 
 NAME = os.fsdecode(b"caf\xe9")
 
@@ -45,13 +47,13 @@ def test_search_has_a_command_of_its_own(
     assert "expected text" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", [NAME, "a\0b", "\ud800"])
+@pytest.mark.parametrize("kind", [SEARCH, TRAIN])
 @pytest.mark.parametrize("key", ["output", "data", "dataset.test_source"])
-def test_a_configuration_in_python(key: str, folder: Path, tmp_path: Path) -> None:
-    """Refused before the search begins: the stored configuration could not be read again."""
-    values = {"output": str(tmp_path / "run"), key: str(folder / "x")}
-    with pytest.raises(ConfigError, match=rf"{key}: expected text, got '.*caf.udce9/x'; rename it"):
-        search(load_config("quickstart", values), [])
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+def test_a_configuration_in_python(key: str, kind: ConfigKind[Any], name: str) -> None:
+    """Such a name could not be read again from the configuration that a run stores."""
+    with pytest.raises(ConfigError, match=rf"^{key}: expected text, got {re.escape(ascii(name))}; rename it"):
+        kind.load("quickstart", {key: name})
 
 
 def test_a_folder_above(
