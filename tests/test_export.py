@@ -12,7 +12,7 @@ import pytest
 import tfnas.export
 import torch
 from latency_tables import synthetic_table
-from tfnas.architecture import load_architecture
+from tfnas.architecture import load_architecture, save_architecture
 from tfnas.cli import run_command
 from tfnas.data import DataOptions, build_data
 from tfnas.export import ExportMismatch, export_onnx, export_timm
@@ -81,6 +81,21 @@ def test_timm_gives_the_same_logits(trained: Path, tmp_path: Path) -> None:
 def test_published_config(tmp_path: Path) -> None:
     assert _run("--format", "published-config", "--architecture", "tf-nas-a", "--output", tmp_path / "m.config") == 0
     assert load_published_config(tmp_path / "m.config") == load_architecture("tf-nas-a")[0]
+
+
+def test_timm_description_replaces_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`net.json` beside `net.safetensors` may be the architecture itself."""
+    pytest.importorskip("timm")
+    arch = tmp_path / "net.json"
+    save_architecture(arch, tiny_architecture(tmp_path))
+    before = arch.read_bytes()
+    arguments = ["--format", "timm", "--architecture", arch, "--weights", "fresh", "--output"]
+    assert _run(*arguments, tmp_path / "net.safetensors") == 2
+    assert "the description would replace" in capsys.readouterr().err
+    assert arch.read_bytes() == before
+    assert not (tmp_path / "net.safetensors").exists()
+    for seed in ("0", "1"):  # its own it may
+        assert _run(*arguments, tmp_path / "other.safetensors", "--seed", seed) == 0
 
 
 def test_fresh_weights_follow_the_seed(trained: Path, tmp_path: Path) -> None:

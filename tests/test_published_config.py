@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from random_spaces import random_architecture, random_space
 from tfnas.architecture import Architecture, Op, count_multiply_adds, load_architecture
+from tfnas.cli import run_command
 from tfnas.published_config import (
     from_published_config,
     load_published_config,
@@ -191,3 +192,16 @@ def test_blocks_without_expansion_cannot_be_written() -> None:
     narrow = Architecture(arch.space, ((first, *arch.stages[0][1:]), *arch.stages[1:]))
     with pytest.raises(ValueError, match="layer 0: the published code has no block with an expansion to 16 channels"):
         to_published_config(narrow)
+
+
+def test_every_command_reads_it_as_an_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arch = load_architecture("tf-nas-a")[0]
+    save_published_config(tmp_path / "model.config", arch)
+    assert load_architecture(tmp_path / "model.config") == (arch, {})
+    assert run_command("info", ["--architecture", str(tmp_path / "model.config")]) == 0
+    (tmp_path / "model.config").write_text((tmp_path / "model.config").read_text().replace('"stage2"', '"stage8"'))
+    capsys.readouterr()
+    assert run_command("info", ["--architecture", str(tmp_path / "model.config")]) == 2
+    err = capsys.readouterr().err
+    assert "model.config" in err
+    assert "stage8" in err

@@ -149,12 +149,19 @@ def save_architecture(path: str | os.PathLike[str], arch: Architecture, **facts:
 def load_architecture(path_or_name: str | os.PathLike[str]) -> tuple[Architecture, dict[str, Any]]:
     """Read an architecture file, or a built-in one by name (`tf-nas-a`); returns it and its facts.
 
+    The published code's `model.config` is read, too, as a network for 224x224 images (`load_published_config` takes
+    others).
+
     Raises `ValueError` naming file and key for anything truncated, unknown or out of range, `FileNotFoundError` for a
     missing file.
     """
     path = _find(path_or_name)
     try:
         data = read_json(path)
+        if isinstance(data, dict) and "first_stem" in data:
+            from .published_config import from_published_config  # which needs this module
+
+            return from_published_config(data), {}
         top = Fields(data, "", required=("schema_version", "space", "stages"), optional=FACTS)
         if (version := top.integer("schema_version")) != SCHEMA_VERSION:
             raise ValueError(f"schema_version: this version reads {SCHEMA_VERSION}, got {version}")

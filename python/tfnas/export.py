@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tfnas.architecture import Architecture
-from tfnas.files import write_bytes_atomically, write_text_atomically
+from tfnas.files import read_json, write_bytes_atomically, write_text_atomically
 from tfnas.network import Network
 from tfnas.published_config import save_published_config
 from tfnas.timm_export import timm_block_strings, to_timm
@@ -42,12 +42,18 @@ def export_timm(path: str | os.PathLike[str], network: Network) -> float:
 
     The description, `path` with the suffix `.json`, holds the block strings and the constructor's other arguments.
     Returns the largest difference of the logits between timm's network and this one; raises `ExportMismatch` above
-    1e-5 (of the largest logit), `ImportError` without timm, `ValueError` where both files would have one name.
+    1e-5 (of the largest logit), `ImportError` without timm, `ValueError` where both files would have one name, or where
+    the description's belongs to a file of another kind.
     """
     path = Path(path)
     if path.suffix == ".json":
         raise ValueError(
             f"output {path}: the weights need another name than the description, such as {path.stem}.safetensors"
+        )
+    described = path.with_suffix(".json")
+    if described.exists() and not _is_description(described):
+        raise ValueError(
+            f"output {path}: the description would replace {described}, which is something else; take another name"
         )
     network = network.eval()
     model = to_timm(network).eval()
@@ -68,8 +74,16 @@ def export_timm(path: str | os.PathLike[str], network: Network) -> float:
         "input_size": [space.image_channels, space.resolution, space.resolution],
     }
     save_weights(path, model.state_dict())
-    write_text_atomically(path.with_suffix(".json"), json.dumps(description, indent=1) + "\n")
+    write_text_atomically(described, json.dumps(description, indent=1) + "\n")
     return difference
+
+
+def _is_description(path: Path) -> bool:
+    try:
+        values = read_json(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "arch_def" in values
 
 
 def export_onnx(path: str | os.PathLike[str], network: Network, resolution: int | None = None) -> float | None:
