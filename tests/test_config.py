@@ -121,6 +121,7 @@ def test_print_config_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureF
         (["--architecture.betas", "[0.5]"], ["architecture.betas"]),
         (["stray"], ["stray"]),
         (["--derive", "magic"], ["derive", "repair", "paper"]),
+        (["--profile.engine", "tensorrt"], ["profile.engine", "onnxruntime", "tensorrt"]),
         (["--target_latency_ms", "-2"], ["target_latency_ms", "-2"]),
         (["--target_latency_ms", ".nan"], ["target_latency_ms"]),
         (["--warmup_epochs", "100"], ["warmup_epochs", "100"]),

@@ -116,6 +116,19 @@ def test_disturbed_passes_are_dropped() -> None:
     assert 0.005 < table.header["noise"]["disturbed_share"] < 0.02
 
 
+@pytest.mark.parametrize(("max_widths", "most"), [(10, 108), (130, 130)])
+def test_no_more_widths_than_allowed_but_both_ends_of_each_curve(max_widths: int, most: int) -> None:
+    def uneven(key: OpKey, width: int) -> float:
+        return smooth_ms(key, width) * (1 + 0.1 * np.sin(width / 5))
+
+    assert 2 * len(searchable_ranges(SMALL)) == 108
+    machine = Machine()
+    options = ProfileOptions(budget_s=60.0, max_samples=8, max_widths=max_widths)
+    table = build(machine, FakeEngine(machine, uneven), options=options)
+    table.require_space(SMALL)
+    assert table.header["widths_measured"] == sum(curve.widths.size for curve in table.curves.values()) == most
+
+
 @pytest.mark.parametrize("budget_s", [0.5, 2.0])
 def test_the_budget_holds_and_every_curve_is_covered(budget_s: float) -> None:
     machine = Machine(noise=0.02)

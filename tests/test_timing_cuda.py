@@ -222,7 +222,8 @@ def test_a_module_built_without_cuda_says_what_it_lacks() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
 def test_on_a_gpu_a_table_predicts_networks(engine: str) -> None:
-    space, conditions = load_space("small"), Conditions(device="cuda", engine=engine, batch=4)
+    space = load_space("small", {"candidates": ["k3_e3", "k5_e6"]})
+    conditions = Conditions(device="cuda", engine=engine, batch=16)
     if engine == "onnxruntime":
         onnxruntime = pytest.importorskip("onnxruntime")
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():

@@ -180,7 +180,7 @@ class ProfileConfig:
         budget_s: Time to spend on measuring a table, in seconds.
     """
 
-    engine: str = "eager"
+    engine: Literal["eager", "compile", "fused", "onnxruntime"] = "eager"
     batch_size: int = 32
     threads: int = 1
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -58,7 +58,7 @@ def show(lut: Path, space: str | None = None, curve: str = "", png: Path | None 
     console = _console()
     console.print(_title(table, lut), highlight=False)
     for name, value in table.header.items():
-        if value is not None:
+        if value is not None and value != {}:
             console.print(f"  {name}: {value}", highlight=False)
     offset_ms, slope = table.correction
     console.print(f"base {table.base_ms:.4f} ms; network = {offset_ms:+.4f} ms + {slope:.4f} x sum", highlight=False)
