@@ -142,6 +142,21 @@ def test_unfinished_runs_exit_2(run: Path, tmp_path: Path, missing: str, capsys:
     assert not (copy / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("config.yaml", b"\xff\xfe", "config.yaml: expected UTF-8 text"),
+        ("training/metrics.jsonl", b'{"kind": "end"}\n', "metrics.jsonl or training/metrics.jsonl: a record lacks"),
+    ],
+)
+def test_other_damaged_files_are_named(run: Path, tmp_path: Path, name: str, content: bytes, part: str) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=part):
+        write_report(tmp_path / "run")
+
+
 @pytest.mark.parametrize("line", ["1", "null", '"x"', "[]", "{}", '{"kind": 3}', "{", "\\xff", "[" * 100_000])
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"

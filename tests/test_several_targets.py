@@ -144,13 +144,30 @@ def test_trained_accuracy_joins_the_comparison(tmp_path: Path) -> None:
     rows = search_targets(config, []).rows
     training = tmp_path / "run" / rows[0].folder / "training"
     training.mkdir()
-    record = {"kind": "end", "test": {"top1": 0.75}}
-    (training / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     config.resume = True
+    for record in ({"kind": "end"}, {"kind": "end", "test": {}}, {"kind": "end", "test": 1}):
+        (training / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        with pytest.raises(ValueError, match=rf"{rows[0].folder}: its records lack what a comparison shows"):
+            search_targets(config, [])
+    (training / "metrics.jsonl").write_text(json.dumps({"kind": "end", "test": {"top1": 0.75}}) + "\n")
     again = search_targets(config, []).rows
     assert [row.trained_accuracy for row in again] == [0.75, None]
     assert "| trained % |" in (tmp_path / "run" / "comparison.md").read_text().splitlines()[0]
     assert [dataclasses.replace(row, trained_accuracy=None) for row in again] == list(rows)
+
+
+def test_commands_for_one_search_name_those_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search_targets(_config(tmp_path, epochs=1, warmup_epochs=0, steps_per_epoch=1), [])
+    names = ", ".join(sorted(path.name for path in (tmp_path / "run").glob("target-*")))
+    folder = str(tmp_path / "run")
+    for command in (
+        ["report", folder],
+        ["train", "--run", folder],
+        ["evaluate", folder],
+        ["export", "onnx", str(tmp_path / "x"), "--run", folder],
+    ):
+        assert run_command(command[0], command[1:]) == 2
+        assert f"it holds several searches, name one of {names} in it" in capsys.readouterr().err
 
 
 def _signal_at(config: SearchConfig, step: int, number: int) -> None:

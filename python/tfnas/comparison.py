@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from tfnas.architecture import load_architecture
+from tfnas.callbacks import Record
 from tfnas.config_io import SEARCH
 from tfnas.files import write_text_atomically
 from tfnas.pictures import new_figure, save_figure
@@ -46,13 +47,22 @@ class TargetRow:
 
 
 def read_row(folder: Path) -> TargetRow | None:
-    """The row of a finished search's folder, None where the search has not ended."""
+    """The row of a finished search's folder, None where the search has not ended; `ValueError` names a damaged one."""
     if not (folder / ARCHITECTURE_FILE).is_file() or not (folder / METRICS_FILE).is_file():
         return None
     records = read_metrics(folder / METRICS_FILE)
     if not records or records[-1]["kind"] != "end":
         return None
-    end, config = records[-1], SEARCH.load(folder / CONFIG_FILE)
+    try:
+        return _row(folder, records[-1])
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: its records lack what a comparison shows ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _row(folder: Path, end: Record) -> TargetRow:
+    config = SEARCH.load(folder / CONFIG_FILE)
     arch, facts = load_architecture(folder / ARCHITECTURE_FILE)
     target, latency = facts["target_latency_ms"], facts["lut_latency_ms"]
     return TargetRow(

@@ -14,7 +14,7 @@ from .fields import Fields, describe
 from .files import read_json, write_text_atomically
 from .published import ACT_FROM_PUBLISHED, ACT_TO_PUBLISHED
 from .space import KERNEL_SIZES, STRIDES, Layer, Space, Stage
-from .space_io import TABLE_1, load_space
+from .space_io import MAX_SIZE, TABLE_1, load_space
 
 _CONV_CONSTANTS = {
     "groups": 1,
@@ -173,10 +173,10 @@ class _Block:
     def __init__(self, item: object, path: str) -> None:
         self.entry = Fields(item, path, required=list(_block_config(1, 1, 0, 1, kernel_size=3, stride=1, act="relu")))
         _constants(self.entry, "MBInvertedResBlock", _BLOCK_CONSTANTS)
-        self.in_channels = self.entry.integer("in_channels")
-        self.width = self.entry.integer("mid_channels")
-        self.se_channels = self.entry.integer("se_channels", minimum=0)
-        self.out_channels = self.entry.integer("out_channels")
+        self.in_channels = self.entry.integer("in_channels", maximum=MAX_SIZE)
+        self.width = self.entry.integer("mid_channels", maximum=MAX_SIZE)
+        self.se_channels = self.entry.integer("se_channels", minimum=0, maximum=MAX_SIZE)
+        self.out_channels = self.entry.integer("out_channels", maximum=MAX_SIZE)
         self.kernel_size = self.entry.integer_choice("kernel_size", KERNEL_SIZES)
         self.stride = self.entry.integer_choice("stride", STRIDES)
         self.act = ACT_FROM_PUBLISHED[self.entry.choice("act_func", ACT_FROM_PUBLISHED)]
@@ -199,7 +199,7 @@ def _macro(top: Fields, blocks: list[list[_Block]], base: Space) -> Space:
     """The space exactly as deep as the network, with the candidates, resolution and depth space of `base`."""
     stem = _convolution(top, "first_stem", 3)
     fixed = _Block(top.values["second_stem"], "second_stem")
-    channels = stem.integer("out_channels")
+    channels = stem.integer("out_channels", maximum=MAX_SIZE)
     act = stem.choice("act_func", ACT_FROM_PUBLISHED)
     fixed.expect(in_channels=channels, mid_channels=channels, kernel_size=3, stride=1, act_func=act)
     channels = fixed.out_channels
@@ -226,16 +226,16 @@ def _macro(top: Fields, blocks: list[list[_Block]], base: Space) -> Space:
     return Space(
         name="published",
         resolution=base.resolution,
-        image_channels=stem.integer("in_channels"),
-        num_classes=classifier.integer("out_features"),
-        stem_channels=stem.integer("out_channels"),
+        image_channels=stem.integer("in_channels", maximum=MAX_SIZE),
+        num_classes=classifier.integer("out_features", maximum=MAX_SIZE),
+        stem_channels=stem.integer("out_channels", maximum=MAX_SIZE),
         stem_stride=stem.integer_choice("stride", STRIDES),
         stem_act=ACT_FROM_PUBLISHED[act],
         fixed_channels=fixed.out_channels,
         fixed_se_channels=fixed.se_channels,
         stages=tuple(Stage(stage[0].out_channels, len(stage), stage[0].stride, stage[0].act) for stage in blocks),
         candidates=base.candidates,
-        head_channels=head.integer("out_channels"),
+        head_channels=head.integer("out_channels", maximum=MAX_SIZE),
         head_act=ACT_FROM_PUBLISHED[head.choice("act_func", ACT_FROM_PUBLISHED)],
         depth_space=base.depth_space,
     )

@@ -147,6 +147,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
+def targets_hint(folder: Path) -> str:
+    """For a message about `folder`: `"; name one of ..."` where it is that of a search for several targets, or ""."""
+    found = sorted(path.parent.name for path in folder.glob(f"target-*/{CONFIG_FILE}"))
+    return f"; it holds several searches, name one of {', '.join(found)} in it" if found else ""
+
+
 def changed_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of every key that differs and makes it another run."""
     before, after = _flat(config_to_dict(old)), _flat(config_to_dict(new))

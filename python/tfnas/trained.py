@@ -14,7 +14,7 @@ from tfnas.architecture import Architecture, load_architecture
 from tfnas.config import ConfigError, DatasetConfig
 from tfnas.data import DataBundle
 from tfnas.fields import describe
-from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE, TABLE_FILE
+from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE, TABLE_FILE, targets_hint
 from tfnas.train_config import TRAIN, TrainConfig
 
 TRAINING_FOLDER = "training"
@@ -40,6 +40,7 @@ def find_in_run(folder: str | os.PathLike[str], weights: str = "best") -> Found:
     if not (folder / ARCHITECTURE_FILE).is_file():
         raise ConfigError(
             f"run {folder}: expected the folder of a finished search or a training, it has no {ARCHITECTURE_FILE}"
+            f"{targets_hint(folder)}"
         )
     if weights not in NAMED_WEIGHTS:
         raise ConfigError(f"weights: expected {' or '.join(NAMED_WEIGHTS)} with a run, got {weights!r}")

@@ -9,7 +9,7 @@ from typing import Any
 from tfnas.cli.codes import FAILED, OK
 from tfnas.config import ConfigError
 from tfnas.config_io import SEARCH, config_to_dict
-from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE
+from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE, targets_hint
 from tfnas.train_config import TRAIN, TrainConfig
 from tfnas.trained import TRAINING_FOLDER
 
@@ -60,7 +60,9 @@ def run_preset(folder: Path) -> dict[str, Any]:
     """
     for name in (CONFIG_FILE, ARCHITECTURE_FILE):
         if not (folder / name).is_file():
-            raise ConfigError(f"--run {folder}: expected the folder of a finished search, it has no {name}")
+            raise ConfigError(
+                f"--run {folder}: expected the folder of a finished search, it has no {name}{targets_hint(folder)}"
+            )
     search = SEARCH.load(folder / CONFIG_FILE)
     dataset = config_to_dict(search)["dataset"]
     dataset.pop("held_out_fraction")

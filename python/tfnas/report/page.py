@@ -11,6 +11,7 @@ from tfnas.latency.lut import LatencyTableError
 from tfnas.report import sections
 from tfnas.report.run_data import RunData, read_run
 from tfnas.run import METRICS_FILE
+from tfnas.trained import TRAINING_FOLDER
 
 REPORT_FILE = "report.html"
 _SECTIONS = (
@@ -78,8 +79,9 @@ def write_report(folder: str | os.PathLike[str], pictures: bool = False) -> Path
     except LatencyTableError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        files = " or ".join([METRICS_FILE, *([f"{TRAINING_FOLDER}/{METRICS_FILE}"] if run.training else [])])
         raise ValueError(
-            f"{run.folder / METRICS_FILE}: a record lacks what a report shows, or is of another search space "
+            f"{run.folder}/{files}: a record lacks what a report shows, or is of another search space "
             f"({type(error).__name__}: {error})"
         ) from error
     path = run.folder / REPORT_FILE

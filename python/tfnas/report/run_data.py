@@ -14,7 +14,7 @@ from tfnas.architecture import Architecture, load_architecture
 from tfnas.config import ConfigError
 from tfnas.latency.lut import FloatArray, LatencyTable
 from tfnas.latency.lut_io import load_table
-from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE, METRICS_FILE, TABLE_FILE, read_metrics
+from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE, METRICS_FILE, TABLE_FILE, read_metrics, targets_hint
 from tfnas.space import Space
 from tfnas.trained import TRAINING_FOLDER
 
@@ -58,7 +58,9 @@ def read_run(folder: str | os.PathLike[str]) -> RunData:
     folder = Path(folder)
     for name in (CONFIG_FILE, METRICS_FILE, TABLE_FILE, ARCHITECTURE_FILE):
         if not (folder / name).is_file():
-            raise ConfigError(f"run {folder}: expected the folder of a finished search, it has no {name}")
+            raise ConfigError(
+                f"run {folder}: expected the folder of a finished search, it has no {name}{targets_hint(folder)}"
+            )
     arch, facts = load_architecture(folder / ARCHITECTURE_FILE)
     records = read_metrics(folder / METRICS_FILE)
     start = [record for record in records if record["kind"] == "start"]
@@ -72,9 +74,16 @@ def read_run(folder: str | os.PathLike[str]) -> RunData:
         architecture=arch,
         facts=facts,
         table=load_table(folder / TABLE_FILE),
-        config_text=(folder / CONFIG_FILE).read_text(encoding="utf-8"),
+        config_text=_text(folder / CONFIG_FILE),
         start=start[-1],
         epochs=epochs,
         end=ends[-1] if ends else None,
         training=read_metrics(training) if training.is_file() else [],
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text ({error})") from None
