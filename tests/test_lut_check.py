@@ -13,6 +13,7 @@ from tfnas.cli.codes import NOISY, OK
 from tfnas.latency.additivity import CHECKING, FITTING, random_architectures
 from tfnas.latency.check import CheckResult, check_table
 from tfnas.latency.engine import EngineUnavailable
+from tfnas.latency.header import engine_version
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.lut_io import load_table, save_table
 from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, build_table
@@ -69,6 +70,21 @@ def test_differences_of_machine_and_software_are_remarked(table: LatencyTable) -
     remarks = check(other, Machine(), architectures=3).remarks
     assert any("torch: 1.1.0 when built" in remark for remark in remarks)
     assert any("device: Xeon when built" in remark for remark in remarks)
+
+
+def test_other_kernels_of_an_engine_are_remarked(table: LatencyTable) -> None:
+    """A table of the fused engine by AVX-512 says little of AVX2, one of onnxruntime little of another version."""
+    pytest.importorskip("onnxruntime")
+    for engine in ("fused", "onnxruntime"):
+        version = engine_version(engine)
+        assert version
+        header = dict(table.header) | {"engine": engine, "layout": "channels_last"}
+        assert not [r for r in check(replace(table, header=header), Machine(), architectures=3).remarks if version in r]
+        remarks = check(
+            replace(table, header=header | {"engine_version": "another"}), Machine(), architectures=3
+        ).remarks
+        assert f"engine_version: another when built, {version} now" in remarks
+    assert engine_version("eager") is None
 
 
 def test_an_imported_table_knows_no_scale(table: LatencyTable) -> None:

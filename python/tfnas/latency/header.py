@@ -7,6 +7,7 @@ import platform
 import subprocess
 from contextlib import suppress
 from datetime import datetime, timezone
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 from tfnas.latency.engine import Conditions
 from tfnas.space import Space
+from tfnas_ext import __version__
+from tfnas_ext.backends import cpu_capability
 from tfnas_ext.timing_host import cpu_name
 
 
@@ -25,6 +28,7 @@ def describe_conditions(conditions: Conditions, space: Space, allocator: dict[st
         "device_uuid": device_uuid(conditions.device),
         "space": space.name,
         "resolution": space.resolution,
+        "engine_version": engine_version(conditions.engine),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpu": gpu_facts(conditions.device),
@@ -33,6 +37,14 @@ def describe_conditions(conditions: Conditions, space: Space, allocator: dict[st
         "unit": "ms",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def engine_version(engine: str) -> str | None:
+    """Version of what runs the networks where torch's does not say it: onnxruntime, or the kernels here; else None."""
+    if engine == "onnxruntime":
+        with suppress(ImportError):
+            return str(import_module("onnxruntime").__version__)
+    return f"{__version__}, {cpu_capability()}" if engine == "fused" else None
 
 
 def gpu_facts(device: str) -> dict[str, str]:
