@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from process_cases import raise_failures, run_processes
 from search_cases import assert_equal_bits
 from test_train import results_of
+from tfnas.callbacks import Callback
+from tfnas.checkpoint import load_checkpoint
 from tfnas.data import build_data
 from tfnas.interrupt import TrainingInterrupted
 from tfnas.pipeline import data_options
@@ -129,15 +132,27 @@ def test_processes_are_equal_and_follow_one_that_runs_all_shares(tmp_path: Path)
     assert shared[0]["best"] == alone["best"]
 
 
-def _train(config: TrainConfig) -> None:
-    train(config, [])
+class _Listener(Callback):
+    """Remembers remarks."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def on_message(self, text: str) -> None:
+        self.said.append(text)
 
 
-def _train_stopped(config: TrainConfig, step: int) -> None:
+def _train(config: TrainConfig) -> list[str]:
+    listener = _Listener()
+    train(config, [listener])
+    return listener.said
+
+
+def _train_stopped(config: TrainConfig, step: int, rank: int = 1) -> None:
     original = TrainLoop._optimize
 
     def stopping(self: TrainLoop, batches: list[Batch]) -> None:
-        if self.step == step and self.processes.rank == 1:
+        if self.step == step and self.processes.rank == rank:
             os.kill(os.getpid(), 15)
         original(self, batches)
 
@@ -159,6 +174,31 @@ def test_resumes_to_the_same_bits(tmp_path: Path, world: int) -> None:
     config.resume = True
     raise_failures(run_processes(world, _train, config))
     assert_equal_bits(results_of(tmp_path / "whole" / "run"), results_of(tmp_path / "parts" / "run"))
+
+
+@pytest.mark.parametrize(("before", "after"), [(WORLD, 1), (1, WORLD)])
+def test_another_number_of_processes_says_what_changes(tmp_path: Path, before: int, after: int) -> None:
+    """With accumulation, moving average and bfloat16: 44 images are 6 steps of 8, or 3 of 16."""
+    config = train_config(tmp_path, epochs=2, precision="bfloat16", batch_size=4)
+    steps = {1: 6, WORLD: 3}
+    for stopped in run_processes(before, _train_stopped, config, steps[before], before - 1):
+        assert isinstance(stopped, TrainingInterrupted)
+    at = load_checkpoint(config.output or "")[0]["step"]
+    assert steps[before] < at < 2 * steps[before]
+    config.resume = True
+    said, *_ = raise_failures(run_processes(after, _train, config))
+    warning = next(text for text in said if text.startswith("warning"))
+    for part in (
+        f"{before} process(es) before",
+        f"now {after}",
+        f"{steps[before]} steps an epoch become {steps[after]}",
+        f"step {at} counts as {at * steps[after] // steps[before]}",
+    ):
+        assert part in warning
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "epoch"] == [steps[before], 2 * steps[after]]
+    assert records[-1]["kind"] == "end"
+    assert math.isfinite(records[-1]["test"]["loss"])
 
 
 @pytest.mark.slow

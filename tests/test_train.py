@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,14 @@ def test_it_learns(tmp_path: Path) -> None:
     assert load_architecture(tmp_path / "run" / "architecture.json")[0].space.num_classes == 10
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 7])
-@pytest.mark.parametrize("changes", [{}, {"steps_per_epoch": 5, "ema_decay": None, "accumulation_steps": 1}])
+@pytest.mark.parametrize(
+    ("stop_at", "changes"),
+    [
+        *itertools.product([1, 3, 7], [{}, {"steps_per_epoch": 5, "ema_decay": None, "accumulation_steps": 1}]),
+        (3, {"precision": "bfloat16"}),
+        (7, {"precision": "bfloat16", "engine": "eager", "optimizer__nesterov": True, "validation": "test"}),
+    ],
+)
 def test_resumes_bit_for_bit(tmp_path: Path, stop_at: int, changes: dict[str, Any]) -> None:
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
