@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from latency_tables import synthetic_table
+from search_cases import tiny_values
 from tfnas.cli import COMMANDS, main
+from tfnas.cli.codes import OK, TARGET_MISSED
 from tfnas.latency.lut_io import save_table
+from tfnas.run import read_metrics
 from tfnas.space_io import load_space
+from train_cases import train_values
 
 from tfnas_ext import _native
 
@@ -105,6 +110,28 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("kind", ["search", "train"])
+def test_a_run_goes_on_when_the_reader_of_its_progress_leaves(kind: str, tmp_path: Path) -> None:
+    """As `tfnas search | tee log` does when `tee` ends: hours of work are worth more than their display."""
+    values = {"search": tiny_values, "train": train_values}[kind](tmp_path, epochs=1, log__every_steps=1)
+    if kind == "search":
+        # outside the tolerance by the paper's rule: the exit code says so all the same
+        values |= {"derive": "paper", "target_latency_ms": 2.0, "tolerance": 1e-6, "warmup_epochs": 0}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "tfnas", kind, f"--config={tmp_path / 'config.yaml'}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == (TARGET_MISSED if kind == "search" else OK)
+    err = process.stderr.read()
+    process.stderr.close()
+    assert "gets no more records; the run goes on: BrokenPipeError" in err
+    assert "Traceback" not in err
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["kind"] == "end"
 
 
 def test_scale_takes_a_bare_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

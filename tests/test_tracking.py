@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from search_cases import tiny_config, tiny_file
 from tfnas import Callback, search
-from tfnas.callbacks import Record, Reporter, scalars
+from tfnas.callbacks import Record, scalars
 from tfnas.cli import run_command
 from tfnas.config_io import config_to_dict
 from tfnas.interrupt import SearchInterrupted
@@ -83,19 +83,12 @@ def test_an_exception_silences_the_callback_and_nothing_else(tmp_path: Path, hoo
     assert other.calls[-1] == ("close",)
 
 
-def test_close_follows_a_failure_and_the_readers_leaving_is_no_ones(tmp_path: Path) -> None:
+def test_close_follows_a_failure(tmp_path: Path) -> None:
     recorder = Recorder()
     with pytest.raises(ValueError, match="nowhere"):
         search(tiny_config(tmp_path, data="nowhere"), [recorder])
     assert recorder.calls[-1] == ("close",)
     assert recorder.of("on_end") == []
-
-    class Pipe(Callback):
-        def on_message(self, text: str) -> None:
-            raise BrokenPipeError
-
-    with pytest.raises(BrokenPipeError):
-        Reporter([Pipe()]).say("text")
 
 
 def test_scalars() -> None:

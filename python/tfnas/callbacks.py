@@ -110,8 +110,6 @@ class Reporter:
         for callback in list(self._told):
             try:
                 getattr(callback, hook)(*values)
-            except BrokenPipeError:
-                raise  # the reader of standard output has left, which is the command's to answer
             except Exception as error:
                 self._told.remove(callback)
                 warnings.warn(

@@ -76,7 +76,7 @@ def _call(command: str, arguments: list[str]) -> int:
             # neither a stored configuration nor the reader of weights can hold such a name: not after hours of work
             raise ValueError(
                 f"{shown(argument)}: expected text in the encoding of file names here ({sys.getfilesystemencoding()}), "
-                "got other bytes; rename the file or folder, or reach it by a link"
+                "got other bytes; rename the file or folder, reach it by a link, or take a locale with UTF-8"
             )
     module = importlib.import_module(f"tfnas.cli.{command}")
     if hasattr(module, "run"):
@@ -108,6 +108,7 @@ def _guarded(name: str, call: Callable[[], int]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # a name that the locale's encoding lacks must not end a command or its progress
             stream.reconfigure(errors="backslashreplace")
+    code = OK
     try:
         code = call()
         sys.stdout.flush()
@@ -119,9 +120,9 @@ def _guarded(name: str, call: Callable[[], int]) -> int:
         _complain(f"{name}: {error}")
         return FAILED
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough.
+        # The reader (`| head`) has seen enough. A run goes on without it; what else a command did may have a code.
         _drop_output()
-        return OK
+        return code
     except Exception as error:
         failed = is_out_of_memory(error) or is_disk_full(error)
         if not failed and not isinstance(error, ValueError | LookupError | OSError | ArgumentError):

@@ -52,6 +52,8 @@ def _search_targets(config: SearchConfig) -> int:
         console = Console(markup=False)  # folders may have brackets in their names
         if not console.is_terminal:
             console = Console(markup=False, width=200)  # a file has no edge to wrap at
-        console.print(comparison_table(result.rows))
-        console.print(f"written to {result.folder}", highlight=False)
+        with console.capture() as captured:  # rich itself would end the process if its reader had left
+            console.print(comparison_table(result.rows))
+            console.print(f"written to {result.folder}", highlight=False)
+        print(captured.get(), end="")
     return OK if all(row.met for row in result.rows) else TARGET_MISSED
