@@ -6,12 +6,14 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from latency_tables import published_table_path, synthetic_table
 from tfnas.architecture import load_architecture
+from tfnas.cli import main
 from tfnas.cli.lut_tables import compare, export_table, import_table, show
 from tfnas.cli.scale import scale
 from tfnas.latency.lut import LatencyTableError
@@ -75,6 +77,26 @@ def test_a_terminal_of_ascii_gets_ascii(table_file: Path, monkeypatch: pytest.Mo
         assert show(table_file) == 0
         stream.seek(0)
         assert set(row) <= set(stream.read())
+
+
+@pytest.mark.parametrize("command", [("show",), ("show", "--json"), ("compare",)])
+def test_a_reader_that_leaves_is_no_failure(
+    table_file: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tfnas lut show table.json | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stdout = os.dup(1)
+    try:
+        with os.fdopen(writer, "w") as pipe:
+            os.dup2(pipe.fileno(), 1)
+            monkeypatch.setattr(sys, "stdout", os.fdopen(os.dup(1), "w"))
+            name, *flags = command
+            assert main(["lut", name, str(table_file), *[str(table_file)] * (name == "compare"), *flags]) == 0
+            monkeypatch.undo()
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def test_names_are_no_markup(table_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from tfnas.bench.measure import Row
 from tfnas.pictures import new_figure, save_figure
@@ -25,7 +26,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
             row.phase,
             row.dtype,
             *(f"{row.times_ms[name]:.3f}" for name in names),
-            f"{row.ratio:.2f}" if row.ratio >= 1 else f"[red]{row.ratio:.2f}[/red]",
+            Text(f"{row.ratio:.2f}", style="" if row.ratio >= 1 else "red"),
             f"{100 * row.noise:.0f} %",
             f"{row.gflops:.0f}",
         )

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 
 from tfnas.bench.cases import STANDARD, Case, NetworkCase, space_cases
 from tfnas.bench.measure import PHASES, ResultsDifferError, Row, matmul_flops, measure_cases
 from tfnas.bench.show import rows_table, save_plot, summary
 from tfnas.cli.codes import FAILED, OK
+from tfnas.cli.terminal import terminal
 from tfnas.latency.header import device_name
 from tfnas.space_io import load_space
 from tfnas.threads import use_threads
@@ -105,7 +105,7 @@ def bench(
         facts |= {"versions": software_versions(), "rows": [row.as_dict() for row in rows]}
         print(json_format.dumps({"benchmark": "bench"} | facts, indent=2))
         return OK
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = terminal()
     console.print(rows_table(rows))
     console.print(
         f"{summary(rows)}\n{facts['device']} ({facts['capability']}), threads: {facts['threads']}, {clock} time; "

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from tfnas.cli.codes import OK
+from tfnas.cli.terminal import terminal
 from tfnas.latency.compare import compare_tables
 from tfnas.latency.lut import Curve, LatencyTable
 from tfnas.latency.lut_import import export_csv, export_published_pickle
@@ -55,7 +55,7 @@ def show(lut: Path, space: str | None = None, curve: str = "", png: Path | None 
         }
         print(json_format.dumps(facts, indent=1))
         return OK
-    console = _console()
+    console = terminal()
     console.print(_title(table, lut), highlight=False)
     for name, value in table.header.items():
         if value is not None and value != {}:
@@ -83,7 +83,7 @@ def compare(first: Path, second: Path, json: bool = False) -> int:
     if json:
         print(json_format.dumps({"first": str(first), "second": str(second)} | found.as_dict(), indent=1))
         return OK
-    console = _console()
+    console = terminal()
     base = "" if found.base_ratio is None else f"; base {found.base_ratio:.4f}"
     console.print(
         f"{second} takes {found.scale:.4f} of the time of {first} (median of {found.entries} widths on {found.curves} "
@@ -187,10 +187,3 @@ def _title(table: LatencyTable, path: Path) -> str:
     device, engine, batch = (table.header.get(name) for name in ("device", "engine", "batch"))
     about = [str(device) if device else None, engine, f"batch {batch}" if batch else None]
     return ", ".join([path.name, *(text for text in about if text)])
-
-
-def _console() -> Console:
-    # names of files and devices may hold brackets, which are no markup
-    console = Console(markup=False)
-    # a pipe has no width of its own: rows must not be wrapped for whatever reads them
-    return console if console.is_terminal else Console(markup=False, width=200)

@@ -41,19 +41,14 @@ def run(arguments: list[str]) -> int:
 
 
 def _search_targets(config: SearchConfig) -> int:
-    from rich.console import Console
-
+    from tfnas.cli.terminal import terminal
     from tfnas.comparison import comparison_table
     from tfnas.processes import is_first_process
     from tfnas.several_targets import search_targets
 
     result = search_targets(config)
     if is_first_process():
-        console = Console(markup=False)  # folders may have brackets in their names
-        if not console.is_terminal:
-            console = Console(markup=False, width=200)  # a file has no edge to wrap at
-        with console.capture() as captured:  # rich itself would end the process if its reader had left
-            console.print(comparison_table(result.rows))
-            console.print(f"written to {result.folder}", highlight=False)
-        print(captured.get(), end="")
+        console = terminal()
+        console.print(comparison_table(result.rows))
+        console.print(f"written to {result.folder}", highlight=False)
     return OK if all(row.met for row in result.rows) else TARGET_MISSED
