@@ -6,7 +6,8 @@
 #     benchmarks/gpu_check.sh [--dry-run]
 #
 # Writes benchmarks/results/<gpu>/<date>.json and a table of it, <date>.md, from <date>-{step,kernels,data}.json. Where
-# a check fails the rest still runs; the exit status is then 1.
+# a check fails the rest still runs; the exit status is then 1. What a whole latency table is worth, in as many minutes
+# again: benchmarks/lut_accuracy.py --device cuda --batch 32 --builds 1.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry=${1:-}

@@ -1,6 +1,7 @@
 """How wrong is a latency table? Held-out widths, networks measured whole, tables built anew; all in fresh processes.
 
     python benchmarks/lut_accuracy.py --space imagenet --layout nchw --json result.json
+    python benchmarks/lut_accuracy.py --device cuda --batch 32 --builds 1
 
 What is printed, and written with `--json`:
   builds      seconds, measured widths and noise of every table built

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from profile_fakes import HEAD_MS, STEM_MS, FakeEngine, Machine, smooth_ms
+from tfnas.latency import header
 from tfnas.latency.additivity import fit_correction, random_architectures, spearman
 from tfnas.latency.chain import speed_ratio
 from tfnas.latency.conditions import make_engine
@@ -282,6 +283,17 @@ def test_conditions_come_from_the_header() -> None:
     header = {"device": "Some CPU", "device_type": "cpu", "engine": "eager", "batch": 4, "layout": "channels_last"}
     assert conditions_of(header) == Conditions(batch=4, layout="channels_last")
     assert conditions_of({"device": "TITAN RTX"}) == Conditions()
+
+
+def test_of_several_gpus_a_header_means_the_one_it_was_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network searched on cuda:1 is measured there, not on cuda:0 or, being another device, nowhere."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(header, "device_uuid", {"cuda:0": "GPU-a", "cuda:1": "GPU-b"}.get)
+    facts = {"device_type": "cuda", "device_uuid": "GPU-b", "batch": 4}
+    assert conditions_of(facts) == Conditions(device="cuda:1", batch=4)
+    assert conditions_of(facts | {"device_uuid": "GPU-c"}).device == "cuda"
+    assert conditions_of(facts | {"device_type": "cpu"}).device == "cpu"
 
 
 def test_engines_that_cannot_run_say_why() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import import_module
@@ -58,6 +59,14 @@ def gpu_facts(device: str) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(wanted, (value.strip() for value in answer.split(",")), strict=False))
+
+
+def device_of(header: Mapping[str, Any]) -> str:
+    """The device that a header names: of several GPUs the very one where it is here, `cpu` where none is named."""
+    kind: str = header.get("device_type") or "cpu"
+    count = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
+    here = [f"cuda:{index}" for index in range(count)]
+    return next((device for device in here if device_uuid(device) == header.get("device_uuid")), kind)
 
 
 def device_name(device: str) -> str:

@@ -11,6 +11,7 @@ from tfnas.architecture import Architecture
 from tfnas.latency.chain import ChainTimer
 from tfnas.latency.conditions import make_profiler, prepared_process
 from tfnas.latency.engine import Conditions, Engine, EngineUnavailable
+from tfnas.latency.header import device_of
 from tfnas.latency.measurements import Config, Measurements
 from tfnas.space import Space
 from tfnas_ext.timing import Samples, StopRule
@@ -25,7 +26,7 @@ def conditions_of(header: Mapping[str, Any]) -> Conditions:
     """
     known = {name: header[name] for name in NAMED if header.get(name)}
     try:
-        return Conditions(device=header.get("device_type") or "cpu", **known)
+        return Conditions(device=device_of(header), **known)
     except ValueError as error:
         raise EngineUnavailable(f"the table's conditions cannot be measured under here: {error}") from None
 
