@@ -12,7 +12,7 @@ import pytest
 from latency_tables import synthetic_table
 from tfnas.latency.compare import compare_tables, require_conditions
 from tfnas.latency.lut import Curve, LatencyTable, LatencyTableError
-from tfnas.latency.plot import error_bars, save_plot, sparkline
+from tfnas.latency.plot import curves_figure, error_bars, save_plot, sparkline
 from tfnas.space_io import load_space
 
 
@@ -95,6 +95,19 @@ def test_picture(tmp_path: Path) -> None:
     )
     save_plot(tmp_path / "curves.png", {**table.curves, key: sawtooth}, "title")
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_picture_of_one_panel_has_room_for_a_long_title() -> None:
+    pytest.importorskip("matplotlib")
+    curves = dict([next(iter(synthetic_table(load_space("small")).curves.items()))])
+    figure = curves_figure(
+        curves, "a_rather_long_name_of_a_table.json, Some Processor With 64 Cores, onnxruntime, batch 128"
+    )
+    figure.draw_without_rendering()
+    (title,) = figure.texts
+    box = title.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
 
 
 def test_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

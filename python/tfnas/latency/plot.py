@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +17,12 @@ from tfnas.space import OpKey
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-:=+*#"
 _SERIES = 24
+_TITLE_CHARACTERS = 12  # an inch, at the title's size
 # half of the 95 % confidence interval of a median, in standard deviations / sqrt(samples)
 _HALF_WIDTH = 1.96 * 1.2533
 
@@ -67,14 +70,20 @@ def curves_table(curves: Mapping[OpKey, Curve], *, ascii_only: bool = False) -> 
 def save_plot(path: str | Path, curves: Mapping[OpKey, Curve], title: str = "") -> None:
     """Draw curves with the error bars of their knots into a picture; the suffix decides the format (PNG, SVG, PDF).
 
-    One panel per shape (resolution, channels, stride). Raises `ModuleNotFoundError` saying what to install.
+    Raises `ModuleNotFoundError` saying what to install.
     """
+    save_figure(path, curves_figure(curves, title))
+
+
+def curves_figure(curves: Mapping[OpKey, Curve], title: str = "") -> Figure:
+    """One panel per shape (resolution, channels, stride); the unaligned widths of a sawtooth are dotted."""
     panels: dict[tuple[int, int, int, int], list[OpKey]] = {}
     for key in curves:
         panels.setdefault((key.resolution, key.in_channels, key.out_channels, key.stride), []).append(key)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = new_figure(5.5 * columns, 3.8 * rows)
+    width_inches = 5.5 * columns
+    figure = new_figure(width_inches, 3.8 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (shape, keys) in zip(axes, panels.items(), strict=False):
         for number, key in enumerate(keys):
@@ -85,22 +94,24 @@ def save_plot(path: str | Path, curves: Mapping[OpKey, Curve], title: str = "") 
         axis.legend(fontsize=7)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    figure.suptitle(title, parse_math=False)  # names of files may hold dollar signs
-    save_figure(path, figure)
+    # names of files may be long and hold dollar signs
+    lines = textwrap.fill(title, int(_TITLE_CHARACTERS * width_inches))
+    figure.suptitle(lines, fontsize=10, parse_math=False)
+    return figure
 
 
 def _draw(axis: Axes, curve: Curve, color: str, label: str) -> None:
     bars = np.nan_to_num(error_bars(curve)) * curve.latency_ms
-    for widths in _runs(curve):
-        axis.plot(widths, curve.latencies_ms(widths), linewidth=1, color=color)
+    for widths, style in _runs(curve):
+        axis.plot(widths, curve.latencies_ms(widths), linewidth=1, linestyle=style, color=color)
     axis.errorbar(curve.widths, curve.latency_ms, bars, fmt=".", markersize=3, capsize=2, color=color, label=label)
 
 
-def _runs(curve: Curve) -> Iterable[np.ndarray]:
-    """Widths to join by a line: the aligned ones and the others of a sawtooth apart."""
+def _runs(curve: Curve) -> Iterable[tuple[np.ndarray, str]]:
+    """Widths to join by a line, and its style: dotted for those of a sawtooth that are not aligned."""
     widths = np.arange(curve.widths[0], curve.widths[-1] + 1)
     widths = widths[curve.covers(widths)]
     if curve.kind == "sawtooth":
         aligned = widths % curve.period == 0
-        return widths[aligned], widths[~aligned]
-    return (widths,)
+        return (widths[aligned], "-"), (widths[~aligned], ":")
+    return ((widths, "-"),)
