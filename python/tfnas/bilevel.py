@@ -93,6 +93,7 @@ class BilevelSearch(RunLoop):
         self.config, self.supernet = config, supernet
         self.train_data, self.held_out_data = data.train, data.held_out.for_batch_norm()
         self.table, self.target = table, target
+        self._images = data.identity()
         self.space = supernet.space
         self.architecture_steps = 0
         self.sums = EpochSums()
@@ -243,7 +244,11 @@ class BilevelSearch(RunLoop):
         return {"loss": sums.loss / sums.steps, "accuracy": sums.correct / sums.images}
 
     def _identity(self) -> dict[str, Any]:
-        return {"space": space_to_dict(self.space), "target_latency_ms": self.target.target_latency_ms}
+        return {
+            "space": space_to_dict(self.space),
+            "target_latency_ms": self.target.target_latency_ms,
+            **self._images,
+        }
 
     def _state(self) -> dict[str, Any]:
         return {

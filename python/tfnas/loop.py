@@ -227,10 +227,10 @@ class RunLoop(ABC):
         if state.get("world_size", 1) == self.processes.world_size:
             here["steps_per_epoch"] = self.steps_per_epoch
         for key, value in here.items():
-            if key not in state or state[key] != value:
+            if key in state and state[key] != value:
                 raise CheckpointError(
                     f"the checkpoint in {self.folder} belongs to another {self.noun}: its {key} is "
-                    f"{describe(state.get(key))}, here {describe(value)}"
+                    f"{describe(state[key])}, here {describe(value)}"
                 )
         try:
             self._load_state(state)
@@ -273,6 +273,6 @@ class RunLoop(ABC):
     def _memory_message(self, error: Exception) -> str:
         return (
             f"out of memory at step {self.step} with batch_size {self._batch_size} (peak "
-            f"{peak_memory_bytes(self.device) / 2**30:.2f} GiB): {error}. {self.memory_advice}; the last checkpoint is "
-            "kept"
+            f"{peak_memory_bytes(self.device) / 2**30:.2f} GiB): {error}. The last checkpoint is kept: where "
+            f"others took it, go on with --resume --output {self.folder}. {self.memory_advice} in a new run"
         )

@@ -74,7 +74,7 @@ class TrainLoop(RunLoop):
         self.data = data.train if config.validation == "held_out" else data.full_train
         self.validation = {"held_out": data.held_out, "test": data.test, "none": None}[config.validation]
         self.parameters = list(network.parameters())
-        self._trained_on = images_facts(data)
+        self._trained_on, self._images = images_facts(data), data.identity()
         super().__init__(
             epochs=config.epochs,
             steps_per_epoch=config.steps_per_epoch or -(-len(self.data) // config.accumulation_steps),
@@ -227,7 +227,7 @@ class TrainLoop(RunLoop):
         return {"loss": self.sums.loss / self.sums.images, "accuracy": self.sums.correct / self.sums.images}
 
     def _identity(self) -> dict[str, Any]:
-        return {"architecture": architecture_to_dict(self.network.architecture)}
+        return {"architecture": architecture_to_dict(self.network.architecture), **self._images}
 
     def _state(self) -> dict[str, Any]:
         return {

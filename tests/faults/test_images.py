@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -146,3 +147,27 @@ def test_a_worker_killed_for_want_of_memory(
     assert "batch_size 8" in err
     assert load_checkpoint(tmp_path / "run")[0]["step"] >= 1
     assert call(run, tmp_path / "run", "--resume") == OK
+
+
+def _another_image(images: Path) -> str:
+    shutil.copy(images / "dog/image 02.png", images / "dog/image 02b.png")
+    return "its images is [24, 6], here [25, 6]"
+
+
+def _another_class_name(images: Path) -> str:
+    (images / "dog").rename(images / "wolf")
+    return "its classes is ['cat', 'dog', 'red fox'], here ['cat', 'red fox', 'wolf']"
+
+
+@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("change", [_another_image, _another_class_name])
+def test_images_that_changed_while_a_run_was_stopped(
+    kind: str, change: Callable[[Path], str], tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `steps_per_epoch` given, an epoch has as many steps as before; the split and the labels are others."""
+    run = on_images(kind, tmp_path, images, steps_per_epoch=2)
+    assert call(run, tmp_path / "run") == OK
+    said = change(images)
+    assert call(run, tmp_path / "run", "--resume") == BAD_INPUT
+    err = capsys.readouterr().err
+    assert f"belongs to another {'search' if kind == 'search' else 'training'}: {said}" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,13 @@ class DataBundle:
     class_names: tuple[str, ...]
     image_shape: ImageShape
     skipped: tuple[str, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on must find again: the numbers of training and held-out images, and the classes."""
+        return {
+            "images": [self.train.num_images, self.held_out.num_images],
+            "classes": list(self.class_names),
+        }
 
 
 def build_data(options: DataOptions, seed: int, *, rank: int = 0, world_size: int = 1) -> DataBundle:
