@@ -187,6 +187,17 @@ def test_an_empty_file_is_found_before_training(tmp_path: Path) -> None:
     refused(folder_options(tmp_path), "image 01.png: expected an image file, got: No such file")
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_pipe_among_the_images_is_not_waited_for(tmp_path: Path, skip: bool) -> None:
+    image_folder(tmp_path, 4)
+    os.mkfifo(tmp_path / "dog/image 99.png")
+    message = "image 99.png: expected an image file, got a folder, pipe or device"
+    if skip:
+        assert message in build_data(folder_options(tmp_path, skip_bad_images=True), 0).skipped[0]
+    else:
+        refused(folder_options(tmp_path), message)
+
+
 def test_skipping_whole_classes_away_is_an_error(tmp_path: Path) -> None:
     image_folder(tmp_path, 3)
     for path in (tmp_path / "dog").iterdir():
@@ -221,6 +232,8 @@ def test_images_without_a_fixed_range_and_of_extreme_size_are_refused(
         ("a.png 0\nb.png 7\n", "line 2: expected a label in 0..1, got 7"),
         ("a.png 0\nb.png 99999999999999999999999\n", "line 2: expected a label in 0..1, got 99999999999999999999"),
         ("a.png 0\nb.png ²\n", "line 2: expected a whole number"),
+        ("a.png 0\nb\0.png 0\n", r"line 2: expected a path, got one with a NUL: 'b\x00.png'"),
+        (". 0\n. 0\n", "expected an image file, got a folder, pipe or device"),
         ("a.png 0\nb.png 0\n", "a.png: expected an image file, got: No such file"),
     ],
 )

@@ -146,6 +146,15 @@ def test_a_list_file_names_images_with_blanks_in_their_paths(folder: Path, tmp_p
     assert build_data(options(tmp_path / "absolute.txt"), 0).full_train.num_images == 9
 
 
+def test_a_byte_order_mark_is_no_part_of_a_path_or_label(folder: Path, tmp_path: Path) -> None:
+    lines = [f"{CLASSES[i % 3]}/image {i:02d}.png n0{i % 3}" for i in range(9)]
+    (tmp_path / "list.txt").write_text("\n".join(lines), encoding="utf-8-sig")
+    (tmp_path / "map.txt").write_text("n00 cat\nn01 dog\nn02 red fox\n", encoding="utf-8-sig")
+    settings = options(tmp_path / "list.txt", list_root=str(folder), label_map=str(tmp_path / "map.txt"))
+    assert build_data(settings, 0).class_names == CLASSES
+    assert build_data(settings, 0).full_train.num_images == 9
+
+
 def test_a_label_map_gives_names_and_order(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("\n".join(f"{CLASSES[i % 3]}/image {i:02d}.png n0{i % 3}" for i in range(9)))
     (tmp_path / "map.txt").write_text("n02 red fox\nn00 cat\nn01 dog\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,18 +16,23 @@ from tfnas.files import shown
 
 
 def require_files(images: FileImages) -> None:
-    """Raises `DataError` naming the first file that is missing or empty. Nothing is decoded."""
+    """Raises `DataError` naming the first file that is missing, empty or none. Nothing is decoded."""
     for index in range(len(images)):
-        path = images.path(index)
-        try:
-            size = os.stat(path).st_size
-        except OSError as error:
-            raise DataError(f"{shown(path)}: expected an image file, got: {error.strerror or error}") from error
-        if size == 0:
-            raise DataError(
-                f"{shown(path)}: expected an image file, got an empty one; replace it, or leave such files out with "
-                "skip_bad_images"
-            )
+        _require_file(images.path(index))
+
+
+def _require_file(path: str) -> None:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{shown(path)}: expected an image file, got: {error.strerror or error}") from error
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe would never end
+        raise DataError(f"{shown(path)}: expected an image file, got a folder, pipe or device")
+    if found.st_size == 0:
+        raise DataError(
+            f"{shown(path)}: expected an image file, got an empty one; replace it, or leave such files out with "
+            "skip_bad_images"
+        )
 
 
 def readable_files(images: FileImages, channels: int, threads: int) -> tuple[NDArray[np.int64], tuple[str, ...]]:
@@ -34,6 +40,7 @@ def readable_files(images: FileImages, channels: int, threads: int) -> tuple[NDA
 
     def fault(index: int) -> str | None:
         try:
+            _require_file(images.path(index))
             decode(images.path(index), channels)
         except DataError as error:
             return str(error)

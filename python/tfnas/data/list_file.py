@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,12 @@ from tfnas.files import shown
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(line number, text) of every line that is not blank. Bytes that are not UTF-8 are kept as in file names."""
+    """(line number, text) of every line that is not blank. Bytes that are not UTF-8 are kept as in file names.
+
+    A byte order mark, as some editors write, is no part of the first line.
+    """
     try:
-        text = os.fsdecode(path.read_bytes())
+        text = os.fsdecode(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror or error}") from error
     # Not splitlines(): a path may hold characters that it takes for line ends.
@@ -59,6 +63,8 @@ def read_list(
         parts = line.rstrip().rsplit(maxsplit=1)
         if len(parts) != 2:
             raise DataError(f"{shown(path)}, line {number}: expected `path label`, got {shown(line)!r}")
+        if "\0" in parts[0]:
+            raise DataError(f"{shown(path)}, line {number}: expected a path, got one with a NUL: {parts[0]!a}")
         paths.append(os.path.join(base, parts[0]))
         labels.append(classes.of(parts[1], f"{shown(path)}, line {number}"))
     if mapping is not None:
