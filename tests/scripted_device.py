@@ -82,9 +82,14 @@ class StrictDevice(ScriptedDevice):
     queue_depth: int = 1000
     queued: int = 0
     capturing: bool = False
+    timeouts: int = 0
 
     def close_gate(self) -> None:
-        self.closed, self.queued = True, 0
+        self.closed, self.queued, self.timed_out = True, 0, False
+
+    def gate_timed_out(self) -> bool:
+        self.timeouts += self.timed_out
+        return self.timed_out
 
     def launch(self, ms: float, kernels: int, ran_before: bool) -> None:
         self.now_ms += ms

@@ -99,6 +99,7 @@ def test_a_gpu_times_deep_networks_and_nothing_for_the_first_time_behind_the_gat
     options = ProfileOptions(mode="slope", budget_s=30.0, fit_architectures=10)
     table = build_table(SMALL, options, engine=engine, timer=timer, now_s=device.now_s)
     table.require_space(SMALL)
+    assert device.timeouts == 0
     for key, curve in table.curves.items():
         wanted = [smooth_ms(key, int(width)) for width in curve.widths]
         np.testing.assert_allclose(curve.latency_ms, wanted, rtol=1e-6)
@@ -118,6 +119,7 @@ def test_networks_are_checked_on_a_gpu_as_they_are_measured_for_its_table() -> N
     assert isinstance(profiler, SlopeProfiler)
     archs = random_architectures(SMALL, 3, seed=0)
     measured = profiler.measure_networks([engine.network(arch) for arch in archs], RULE, 1e9)
+    assert device.timeouts == 0
     for arch, samples in zip(archs, measured, strict=True):
         blocks = [smooth_ms(key, width) for key, width in arch.keys()]  # noqa: SIM118
         assert samples.median_ms == pytest.approx(STEM_MS + HEAD_MS + sum(blocks))

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scripted_device import ScriptedDevice
+from scripted_device import ScriptedDevice, StrictDevice
 from tfnas.latency.chain_cuda import CudaChainTimer
 from tfnas.latency.check import check_table
 from tfnas.latency.conditions import make_timer
@@ -88,6 +88,7 @@ def test_work_that_synchronises_is_reported_and_the_gate_opened() -> None:
     with pytest.raises(GateTimeout, match=r"\.item\(\)"):
         CudaTimer(device).sample(call)
     assert not device.closed
+    assert device.log.count("closed") == 2
     device = ScriptedDevice()
     with pytest.raises(ZeroDivisionError):
         CudaTimer(device).sample(lambda: 1 / 0)
@@ -217,6 +218,28 @@ def test_a_module_built_without_cuda_says_what_it_lacks() -> None:
         pytest.skip("built with CUDA")
     with pytest.raises(EngineUnavailable, match="'cuda:0': the CUDA timer needs tfnas_ext's native module"):
         make_timer(Conditions(device="cuda:0"))
+
+
+def test_a_chain_whose_gate_gave_up_is_run_again_from_its_input() -> None:
+    """As after a process was stopped for a while, or where memory was allocated behind the gate."""
+    device = StrictDevice()
+    seen: list[int] = []
+    ran: set[int] = set()
+
+    def section(index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            device.launch(index + 1.0, 1, index in ran)
+            ran.add(index)
+            seen.append(int(x))
+            return x + 1
+
+        return run
+
+    result = CudaChainTimer(CudaTimer(device)).run([section(0), section(1)], torch.tensor(5))
+    assert seen == [5, 6, 5, 6]
+    assert device.timeouts == 1
+    assert result.sections_ms.tolist() == [1.0, 2.0]
+    assert not result.disturbed.any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -21,6 +21,7 @@ from tfnas_ext.backends import BackendUnavailableError, build_info, missing_cuda
 from tfnas_ext.timing import Reading
 
 _RECENT = 51  # readings of the clock that say what is usual
+_TRIES = 2  # of a reading whose gate did not wait to the end
 
 
 class Device(Protocol):
@@ -140,8 +141,20 @@ class CudaTimer:
     def stamped(self, calls: list[Callable[[], object]], stamps_every: int = 1) -> tuple[list[float], bool]:
         """Run `calls` in order behind the gate with a time stamp after every `stamps_every` of them.
 
-        Returns the ms between stamps and whether the reading is disturbed. Raises `GateTimeout`.
+        Returns the ms between stamps and whether the reading is disturbed. A gate that gave up waiting (this process
+        was stopped for seconds, or something in `calls` ran for the first time) is closed again for another try; then
+        raises `GateTimeout`. So `calls` must begin anew each time.
         """
+        for _ in range(_TRIES):
+            times_ms = self._behind_gate(calls, stamps_every)
+            if not self.device.gate_timed_out():
+                return times_ms, not self.guard.accepts(self.device.sm_clock_mhz())
+        raise GateTimeout(
+            "the timed work waited for the device (a copy to the host, .item(), a synchronisation), or was more than "
+            "the device's queue holds, about a thousand kernels; time it without that, or with graph=True"
+        )
+
+    def _behind_gate(self, calls: list[Callable[[], object]], stamps_every: int) -> list[float]:
         device = self.device
         device.sleep(self.guard.wanted_pause_s)
         if self.cold:
@@ -157,14 +170,7 @@ class CudaTimer:
         finally:
             device.open_gate()
         device.synchronize()
-        if device.gate_timed_out():
-            raise GateTimeout(
-                "the timed work waited for the device (a copy to the host, .item(), a synchronisation, memory that was "
-                "not allocated before), or was more than the device's queue holds, about a thousand kernels; time it "
-                "without that, warmed up, or with graph=True"
-            )
-        disturbed = not self.guard.accepts(device.sm_clock_mhz())
-        return [device.elapsed_ms(a, b) for a, b in pairwise(events)], disturbed
+        return [device.elapsed_ms(a, b) for a, b in pairwise(events)]
 
     def forget(self, calls: Iterable[Callable[[], object]]) -> None:
         """Free the captured graphs of `calls`."""

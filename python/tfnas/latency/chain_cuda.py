@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from tfnas.latency.chain import Pass, Section, Sections
+from tfnas.latency.chain import Pass, Sections
 from tfnas_ext.timing_cuda import CudaTimer
 
 
@@ -27,14 +27,15 @@ class CudaChainTimer:
         return {"usual_mhz": guard.usual_mhz, "rejected": guard.rejected} if guard.known else {}
 
     def run(self, sections: Sections, x: torch.Tensor) -> Pass:
-        activations = [x]
+        activation = x
 
-        def step(section: Section) -> Callable[[], object]:
+        def step(index: int) -> Callable[[], object]:
             def call() -> None:
-                activations[0] = section(activations[0])
+                nonlocal activation
+                activation = sections[index](activation if index else x)  # from the input, also when tried again
 
             return call
 
         with torch.inference_mode():
-            times_ms, disturbed = self.timer.stamped([step(section) for section in sections])
+            times_ms, disturbed = self.timer.stamped([step(index) for index in range(len(sections))])
         return Pass(np.array(times_ms), np.full(len(sections), disturbed))

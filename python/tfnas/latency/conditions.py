@@ -58,7 +58,9 @@ def make_timer(conditions: Conditions) -> ChainTimer:
     try:
         return CudaChainTimer(CudaTimer(CudaDevice(torch.device(conditions.device).index)))
     except BackendUnavailableError as error:
-        raise EngineUnavailable(f"device {conditions.device!r}: {error}") from None
+        raise EngineUnavailable(
+            f"device {conditions.device!r}: {error}; measure on cpu, or use a table that was measured elsewhere"
+        ) from None
 
 
 def make_section_timer(conditions: Conditions, timer: ChainTimer) -> Timer:
