@@ -47,7 +47,7 @@ class Device(Protocol):
         """The SM clock right now; None where it cannot be read."""
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
-        """`call` as a captured graph, ready to be replayed."""
+        """`call`, which has run before, as a captured graph, ready to be replayed."""
 
     def sleep(self, seconds: float) -> None: ...
 

@@ -199,7 +199,10 @@ class ChainProfiler:
 
 
 def full_chain(space: Space, engine: Engine) -> list[Section]:
-    """All layers with their first candidates at the starting widths: what fills the places nothing is known for."""
+    """Stem, all layers with their first candidates at the starting widths, head.
+
+    Stem and head of every chain, and what fills the places that nothing is known for.
+    """
     blocks = [engine.block(layer.key(0), layer.start_width(0)) for layer in space.layers]
     return [engine.stem(), *blocks, engine.head()]
 
