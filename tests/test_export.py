@@ -42,9 +42,12 @@ def test_state_dict(trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     assert _run("--format", "state-dict", "--run", trained, "--output", file) == 0
     arch, _ = load_architecture(trained / "training" / "architecture.json")
-    theirs, _ = read_weights(trained / "training" / "best.safetensors")
+    theirs, facts = read_weights(trained / "training" / "best.safetensors")
     ours = network_with(arch, file).state_dict()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    exported = {name: json.loads(value) for name, value in read_weights(file)[1].items() if name != "format"}
+    assert exported == {"classes": ["fake_0", "fake_1", "fake_2", "fake_3"], "mean": [0.5], "std": [0.2]}
+    assert {name: json.loads(facts[name]) for name in exported} == exported
 
 
 def test_onnx_gives_the_same_logits_at_any_batch(trained: Path, tmp_path: Path) -> None:

@@ -347,6 +347,14 @@ def test_refusals(tmp_path: Path) -> None:
         train(train_config(tmp_path, dataset__fake_images_per_class=1, output=str(tmp_path / "other")), [])
 
 
+@pytest.mark.parametrize("command", ["search --resume --output {run}", "train --run {run} --output {run}2"])
+def test_a_training_is_no_search(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(train_config(tmp_path, epochs=1), [])
+    name, *arguments = command.format(run=tmp_path / "run").split()
+    assert run_command(name, arguments) == 2
+    assert f"{tmp_path / 'run' / 'config.yaml'}: not a configuration of tfnas search: " in capsys.readouterr().err
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     train(train_config(tmp_path, epochs=1), [])
     best = tmp_path / "run" / "best.safetensors"

@@ -93,7 +93,12 @@ class ConfigKind(Generic[C]):
             for group in groups:
                 target = target.setdefault(group, {})
             target[last] = value
-        return self.from_dict(values)
+        try:
+            return self.from_dict(values)
+        except ConfigError as error:
+            if overrides:
+                raise
+            raise ConfigError(f"{name_or_path}: not a configuration of {self.command}: {error}") from None
 
     def from_dict(self, values: Mapping[str, Any]) -> C:
         """A validated configuration from nested plain values; missing keys take their defaults."""
@@ -158,6 +163,7 @@ class ConfigKind(Generic[C]):
                 others.append(argument)
         stored = None if files else _stored_config(arguments)
         if stored is not None:
+            self.load(stored)  # names the file where it is of another command
             return [f"--config={stored}", *others]
         if not files and not {"-h", "--help"} & set(arguments):
             files = [f"--config={self.folder / f'{self.default}.yaml'}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ class ExportMismatch(RuntimeError):
     """The exported network gives other logits than this one; nothing was written."""
 
 
-def export_state_dict(path: str | os.PathLike[str], network: Network) -> None:
-    """Write weights and statistics as safetensors, under timm's block names."""
-    save_weights(path, network.state_dict())
+def export_state_dict(path: str | os.PathLike[str], network: Network, facts: Mapping[str, str] | None = None) -> None:
+    """Write weights and statistics as safetensors, under timm's block names; `facts` go into the header."""
+    save_weights(path, network.state_dict(), facts)
 
 
 def export_published_config(path: str | os.PathLike[str], arch: Architecture) -> None:

@@ -16,7 +16,7 @@ from tfnas.export import (
     export_timm,
 )
 from tfnas.trained import find_in_run
-from tfnas.weights import fresh_network, network_with
+from tfnas.weights import fresh_network, network_with, read_facts
 
 
 def export(
@@ -68,7 +68,7 @@ def export(
     network = fresh_network(arch, seed) if file is None or weights == "fresh" else network_with(arch, file)
     try:
         if format == "state-dict":
-            export_state_dict(output, network)
+            export_state_dict(output, network, _facts(file) if weights != "fresh" else None)
             print(f"written to {output}")
         elif format == "onnx":
             difference = export_onnx(output, network, resolution)
@@ -83,3 +83,9 @@ def export(
         print(f"tfnas export: error: {error}", file=sys.stderr)
         return FAILED
     return OK
+
+
+def _facts(file: Path | None) -> dict[str, str]:
+    """What the header of the weights says of the images they are for: classes, mean and deviation as JSON lists."""
+    facts = read_facts(file) if file is not None else {}
+    return {name: facts[name] for name in ("classes", "mean", "std") if name in facts}
