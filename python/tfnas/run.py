@@ -88,6 +88,11 @@ class RunFolder:
             if changed:
                 lines = "\n".join(f"  {key}: {old!r} in the run, now {new!r}" for key, old, new in changed)
                 raise ConfigError(f"--resume: the run in {self.path} has another configuration:\n{lines}")
+        elif has_checkpoint(self.path):
+            raise ConfigError(
+                f"--resume: the run in {self.path} has lost its {CONFIG_FILE}; write it anew by the command it began "
+                f"with and --print_config > {stored}"
+            )
 
     def close(self) -> None:
         """Let another process work in the folder."""

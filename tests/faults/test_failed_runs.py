@@ -267,6 +267,23 @@ def test_a_refused_resumption_changes_nothing(kind: str, tmp_path: Path, capsys:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_lost_configuration_is_not_made_up(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it `--resume --output` alone means the default one, which must not become that of the run."""
+    run = RUNS[kind](tmp_path / kind, epochs=1, **({"warmup_epochs": 0} if kind == "search" else {}))
+    folder = tmp_path / "run"
+    assert call(run, folder) == OK
+    (folder / "config.yaml").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert main([kind, "--resume", f"--output={folder}"]) == BAD_INPUT
+    assert "has lost its config.yaml; write it anew" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(SystemExit):
+        main([kind, f"--config={run.config}", f"--output={folder}", "--print_config"])
+    (folder / "config.yaml").write_text(capsys.readouterr().out)
+    assert main([kind, "--resume", f"--output={folder}"]) == OK
+
+
 def test_a_lock_is_let_go_when_a_run_fails(tmp_path: Path) -> None:
     run = short_search(tmp_path / "search", data="nowhere")
     for _ in range(2):
