@@ -13,11 +13,13 @@ from typing import Any
 from search_cases import tiny_space
 from tfnas.cli.codes import OK
 from tfnas.latency.lut_io import load_table
+from tfnas.latency.profile import ProfileOptions
 from tfnas.space_io import load_space
 
+WARM_UP = ProfileOptions().fit_architectures  # reports of progress before the first network is timed
 ENDS = [
-    ("networks", 12, signal.SIGKILL),
-    ("networks", 5, signal.SIGKILL),
+    ("networks", WARM_UP + 12, signal.SIGKILL),
+    ("networks", WARM_UP + 5, signal.SIGKILL),
     ("widths", 2, signal.SIGKILL),
     ("widths", 1, signal.SIGTERM),
     ("widths", 1, signal.SIGINT),
