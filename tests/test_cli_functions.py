@@ -41,3 +41,9 @@ def test_arguments_may_be_positional_or_named(
 def test_missing_and_unknown_arguments_are_errors(arguments: list[str]) -> None:
     with pytest.raises(ArgumentError):
         run_function("test", command, arguments)
+
+
+def test_help_shows_the_short_form(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_function("tfnas test", command, ["--help"])
+    assert "short: tfnas test TABLE" in capsys.readouterr().out

@@ -59,7 +59,8 @@ class ConfigKind(Generic[C]):
         parser.add_argument(
             "--config",
             action=ActionConfigFile,
-            help=f"built-in name ({', '.join(self.names())}) or YAML file; default {self.default}",
+            help=f"built-in name ({', '.join(self.names())}) or YAML file; default {self.default}. "
+            "The defaults below are of keys that a file leaves out.",
         )
         parser.add_class_arguments(self.config_class, as_group=False)
         return parser
