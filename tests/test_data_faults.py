@@ -278,7 +278,7 @@ def idx_refused(tmp_path: Path, name: str, body: bytes, *parts: str) -> None:
 
 
 IMAGES, LABELS = arrays()
-IMAGE_BODY, LABEL_BODY = idx_bytes(IMAGES), idx_bytes(LABELS)
+IMAGE_BODY = idx_bytes(IMAGES)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 from latency_tables import published_table_path
-from tfnas.latency.knots import KnotPlacement, Measurement, place_knots, searchable_ranges
+from tfnas.latency.knots import KnotPlacement, Measurement, searchable_ranges
 from tfnas.latency.lut import Curve, LatencyTable
 from tfnas.latency.lut_io import load_table
 from tfnas.space import OpKey
@@ -26,6 +26,20 @@ def relative_errors(
         widths = np.arange(low, high + 1)
         errors.append(np.abs(curves[key].latencies_ms(widths) / truth.latencies_ms(key, widths) - 1))
     return np.concatenate(errors)
+
+
+def place_knots(
+    measure: Callable[[OpKey, int], Measurement], placement: KnotPlacement, *, max_queries: int | None = None
+) -> dict[OpKey, Curve]:
+    """Measure one width at a time, the most telling first, until within tolerance or `max_queries`; the curves."""
+    while max_queries is None or placement.query_count < max_queries:
+        queries = placement.wanted()
+        if not queries:
+            break
+        key, width = queries[0]
+        found = measure(key, width)
+        placement.record(key, width, found.latency_ms, rel_stdev=found.rel_stdev, samples=found.samples)
+    return placement.curves()
 
 
 def place(truth: Truth, low: int = 80, high: int = 640, **options: float) -> tuple[Curve, KnotPlacement]:

@@ -19,7 +19,6 @@ from tfnas_ext.backends import choose_backend
 from tfnas_ext.operators import working_dtype
 from tfnas_ext.reference import BatchStatistics, Norm, SqueezeExcite
 
-DESIGNS = ("auto", "strips", "channels")
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -54,8 +53,8 @@ def mbinvres(
     The rest and the errors are those of `reference.mbinvres`. Without a backend named, what native kernels do not do is
     done by the reference: other types than float32, float64 and bfloat16, kernels other than 3, 5 and 7, gradients
     through running statistics (`training` false), running statistics in some of the norms only, and what `torch.func`
-    transforms (`grad`, `vmap`, `jvp`). Under bfloat16 autocast `x` is
-    cast to bfloat16 and so is the result, under another one both to float32; weights stay as they are.
+    transforms (`grad`, `vmap`, `jvp`). Under bfloat16 autocast `x` is cast to bfloat16 and so is the result, under
+    another one both to float32; weights stay as they are.
     """
     norms = (bn1, bn2, bn3) if conv_pw is not None else (bn2, bn3)
     given = [norm.running_mean is not None for norm in norms]

@@ -43,9 +43,10 @@ enum class Act : int { relu = 0, relu6 = 1, swish = 2, hard_swish = 3, identity 
 enum class Gate : int { sigmoid = 0, hard_sigmoid = 1 };
 
 // How the wide tensor is walked; `choose` is the measured rule of `choose_design`.
-//   strips:   BN1 folded into W1 from the moments of x; images in strips of rows, y1 never stored. Large
-//   maps. channels: a thread owns groups of mid channels for the whole batch, so BN1 and BN2 are local to it.
-//   Small maps.
+//   strips, for large maps: BN1 folded into W1 from the moments of x; images in strips of rows, y1 never
+//   stored.
+//   channels, for small maps: a thread owns groups of mid channels for the whole batch, so BN1 and BN2 are
+//   local to it.
 enum class Design : int { choose = 0, strips = 1, channels = 2 };
 
 // By the name in tfnas_ext.reference.ACTIVATIONS. Throws std::invalid_argument with the names allowed.

@@ -18,7 +18,6 @@ from tfnas.published_config import save_published_config
 from tfnas.timm_export import timm_block_strings, to_timm
 from tfnas.weights import save_weights
 
-FORMATS = ("state-dict", "onnx", "timm", "published-config")
 ONNX_TOLERANCE = 1e-4
 TIMM_TOLERANCE = 1e-5
 _CHECKED_BATCHES = (1, 3)

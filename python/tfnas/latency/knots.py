@@ -15,7 +15,7 @@ one before and a step faster than the one after "steps" (see `Curve`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -271,20 +271,6 @@ class KnotPlacement:
             kind,
             1 if kind == "linear" else self._period,
         )
-
-
-def place_knots(
-    measure: Callable[[OpKey, int], Measurement], placement: KnotPlacement, *, max_queries: int | None = None
-) -> dict[OpKey, Curve]:
-    """Measure one width at a time, the most telling first, until within tolerance or `max_queries`; the curves."""
-    while max_queries is None or placement.query_count < max_queries:
-        queries = placement.wanted()
-        if not queries:
-            break
-        key, width = queries[0]
-        found = measure(key, width)
-        placement.record(key, width, found.latency_ms, rel_stdev=found.rel_stdev, samples=found.samples)
-    return placement.curves()
 
 
 def _on_track(kind: str, track: int, period: int, widths: IntArray) -> npt.NDArray[np.bool_]:
