@@ -13,12 +13,11 @@ from tfnas.space import Space
 
 
 def published_table_path(name: str = "latency_gpu.pkl") -> Path:
-    """Path of a published table; skips the test where it is not found."""
-    default = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "published_lut"
-    folder = Path(os.environ.get("TFNAS_PUBLISHED_LUT", default))
-    if not (folder / name).is_file():
-        pytest.skip(f"no published latency table {folder / name} (set TFNAS_PUBLISHED_LUT to its folder)")
-    return folder / name
+    """Path of a table published with TF-NAS, in the folder TFNAS_PUBLISHED_LUT; skips the test where there is none."""
+    path = Path(os.environ.get("TFNAS_PUBLISHED_LUT", "")) / name
+    if not path.is_file():
+        pytest.skip(f"no published latency table {path} (set TFNAS_PUBLISHED_LUT to its folder)")
+    return path
 
 
 def synthetic_table(space: Space, *, seed: int = 0, monotone: bool = True, base_ms: float = 1.0) -> LatencyTable:
