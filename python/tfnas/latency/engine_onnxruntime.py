@@ -106,9 +106,8 @@ class OnnxruntimeEngine:
         if self._device.type == "cpu":
             return {}
         stream = torch.cuda.current_stream(self._device)
-        if (
-            stream.cuda_stream == 0
-        ):  # taken for "none": onnxruntime would work on one of its own, beside all time stamps
+        # 0 is taken for "none": onnxruntime would work on a stream of its own, beside all time stamps
+        if stream.cuda_stream == 0:
             raise EngineUnavailable("engine 'onnxruntime' needs another stream than torch's default one on a GPU")
         return {"device_id": str(stream.device_index), "user_compute_stream": str(stream.cuda_stream)}
 
