@@ -306,7 +306,7 @@ set_allocator()
 rng = np.random.default_rng(3)
 for where in (displaced_allocations, contextlib.nullcontext, displaced_allocations):
     found = set()
-    for _ in range(12):
+    for _ in range(32):
         with where(rng) if where is displaced_allocations else where():
             found.add(torch.empty(1 << 21).data_ptr())
     print(len(found))
@@ -317,8 +317,7 @@ def test_displaced_allocations_lie_elsewhere(tmp_path: Path) -> None:
     """In a process of its own: what a used heap has free decides where things lie."""
     done = subprocess.run([sys.executable, "-c", PLACES], cwd=tmp_path, capture_output=True, text=True, check=True)
     _, alike, displaced = map(int, done.stdout.split())
-    assert alike <= 2
-    assert displaced > 6
+    assert 4 * alike <= displaced, f"{alike} places alike, {displaced} displaced, of 32 each"
 
 
 def test_peak_resident_bytes_is_this_process_alone() -> None:
