@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
+from tfnas.pictures import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLORS = {"float32": "#3b6fb6", "bfloat16": "#d98032"}
 
@@ -24,7 +27,7 @@ def draw(result: dict[str, Any]) -> Figure:
         label += "" if row["space"] == "imagenet" else f"\n{row['space']}"
         labels += [] if label in labels else [label]
         row["label"] = label
-    figure = Figure(figsize=(1.1 * len(labels) + 2, 4), layout="constrained")
+    figure = new_figure(1.1 * len(labels) + 2, 4)
     axis = figure.subplots()
     for offset, (dtype, color) in zip((-0.2, 0.2), COLORS.items(), strict=True):
         rows = [row for row in result["rows"] if row["dtype"] == dtype]
@@ -44,7 +47,7 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("picture", type=Path, help="png, svg or pdf")
     args = parser.parse_args()
-    draw(json.loads(args.result.read_text())).savefig(args.picture, dpi=120)
+    save_figure(args.picture, draw(json.loads(args.result.read_text())))
 
 
 if __name__ == "__main__":

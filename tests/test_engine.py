@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tfnas_ext.engine import engine_names, make_engine, run_mixture, run_paths
 from tfnas_ext.engine_spec import BodySpec, CandidateSpec, LayerSpec
-from tfnas_ext.packed import PackedLayer
+from tfnas_ext.packed import PackedLayer, copy_named
 
 ENGINES = pytest.mark.parametrize("engine", engine_names())
 DEPTH_SPACES = pytest.mark.parametrize("depth_space", ["sink", "skip-in", "skip-out"])
@@ -235,7 +235,7 @@ def test_permutation_keeps_the_function_and_moves_momentum(candidate: int) -> No
     twin = Case(small_body("sink"), "reference", seed=20 + candidate)
     for mine, other in zip(case.layers, twin.layers, strict=True):
         other.load_state_dict(mine.state_dict())
-        other.load_momentum_state(mine.momentum_state())
+        copy_named(other.momentum_state(), mine.momentum_state(), "momentum")
     twin.engine.set_widths([[c.max_width for c in spec.candidates] for spec in case.spec.layers])
     before = case.state()[f"stages.0.0.{case.spec.layers[0].candidates[candidate].name}.conv_dw.weight"].clone()
     for layer in case.layers:
@@ -267,7 +267,7 @@ def test_packed_layer_state() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)Missing.*k3_e2.conv_dw.weight|Unexpected.*k9.conv_dw.weight"):
         other.load_state_dict(state)
     with pytest.raises(KeyError, match="momentum: names missing"):
-        other.load_momentum_state({})
+        copy_named(other.momentum_state(), {}, "momentum")
     with pytest.raises(ValueError, match="order must be a permutation"):
         layer.permute_(0, torch.zeros(12, dtype=torch.int64))
 

@@ -46,7 +46,9 @@ class Pair:
         with torch.no_grad():
             for parameter in self.supernet.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))  # biases too, which start at zero
-            self.supernet.renormalize_()
+            for name in ("alpha", "beta"):
+                logits = getattr(self.supernet, f"log_{name}")
+                logits.copy_(logits.masked_fill(~getattr(self.supernet, f"{name}_mask"), -torch.inf).log_softmax(1))
         layers = self.supernet.packed_layers()
         self.supernet.set_widths(
             [[min(c.max_width, self.rng.randint(2, 24)) for c in layer.spec.candidates] for layer in layers]

@@ -164,11 +164,6 @@ class PackedLayer(nn.Module):
         """Views of the momentum, named and shaped as in the state dict."""
         return dict(self.named_views(self.momenta()))
 
-    @torch.no_grad()
-    def load_momentum_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what `momentum_state` gave; KeyError or ValueError where names or shapes differ."""
-        copy_named(self.momentum_state(), state, "momentum")
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         weights = self.weights() if keep_vars else [weight.detach() for weight in self.weights()]
         for name, view in self.named_views(weights):

@@ -128,12 +128,6 @@ class Supernet(nn.Module):
         """exp of `log_beta` normalised: the v of Eq. 5 for `sink`; differentiable."""
         return self.log_beta.softmax(1)
 
-    @torch.no_grad()
-    def renormalize_(self) -> None:
-        """Make `log_alpha` and `log_beta` log-probabilities again; what is masked becomes -inf, whatever it was."""
-        for parameter, mask in ((self.log_alpha, self.alpha_mask), (self.log_beta, self.beta_mask)):
-            parameter.copy_(parameter.masked_fill(~mask, -torch.inf).log_softmax(1))
-
     def architecture_parameters(self) -> list[nn.Parameter]:
         """`log_alpha` and `log_beta`."""
         return [self.log_alpha, self.log_beta]

@@ -19,6 +19,7 @@ from tfnas.train_config import TRAIN, TrainConfig
 
 TRAINING_FOLDER = "training"
 NAMED_WEIGHTS = ("best", "last")
+IMAGES_FACTS = ("classes", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ def find_in_run(folder: str | os.PathLike[str], weights: str = "best") -> Found:
 
 
 def images_facts(data: DataBundle) -> dict[str, str]:
-    """What the weights of a network presuppose of its images, for `save_weights`: classes in order, normalisation."""
+    """What the weights of a network presuppose of its images, for `save_weights`: `IMAGES_FACTS` as JSON lists."""
     values = data.train.normalisation
-    facts = {"classes": list(data.class_names), "mean": list(values.mean), "std": list(values.std)}
-    return {name: json.dumps(value) for name, value in facts.items()}
+    facts = zip(IMAGES_FACTS, (data.class_names, values.mean, values.std), strict=True)
+    return {name: json.dumps(list(value)) for name, value in facts}
 
 
 def with_facts(dataset: DatasetConfig, facts: Mapping[str, str]) -> DatasetConfig:

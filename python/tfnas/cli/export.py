@@ -15,7 +15,7 @@ from tfnas.export import (
     export_state_dict,
     export_timm,
 )
-from tfnas.trained import find_in_run
+from tfnas.trained import IMAGES_FACTS, find_in_run
 from tfnas.weights import fresh_network, network_with, read_facts
 
 
@@ -86,6 +86,6 @@ def export(
 
 
 def _facts(file: Path | None) -> dict[str, str]:
-    """What the header of the weights says of the images they are for: classes, mean and deviation as JSON lists."""
+    """What the header of the weights says of the images they are for."""
     facts = read_facts(file) if file is not None else {}
-    return {name: facts[name] for name in ("classes", "mean", "std") if name in facts}
+    return {name: facts[name] for name in IMAGES_FACTS if name in facts}
