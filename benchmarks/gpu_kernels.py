@@ -152,9 +152,7 @@ def main() -> None:
     bandwidth = copy_bytes_per_s()
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        supernet = Supernet(space, "reference", dtype)
-        supernet._engine_name = "cuda"  # made where the supernet moves to
-        engine = supernet.cuda().engine
+        engine = Supernet(space, "cuda", dtype, "cuda").engine
         assert isinstance(engine, CudaEngine)
         side = space.resolution // space.stem_stride
         x = torch.randn(arguments.batch, space.fixed_channels, side, side, device="cuda", dtype=dtype)

@@ -77,9 +77,8 @@ def all_steps(space: Space, images: Tensor, labels: Tensor, plain: tuple[str, ..
     for precision, (dtype, _) in PRECISIONS.items():
         for engine in (*plain, OURS):
             torch.manual_seed(0)
-            supernet = Supernet(space, "reference", dtype)
-            supernet._engine_name = engine  # made where the supernet moves to
-            for name, step in make_steps(supernet.cuda(), images, labels, seed=1).items():
+            supernet = Supernet(space, engine, dtype, images.device)
+            for name, step in make_steps(supernet, images, labels, seed=1).items():
                 steps[name, precision, engine] = step
         graphs = GraphRunner(images.device)
         for name in ("W", "A"):

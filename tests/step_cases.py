@@ -16,10 +16,7 @@ CONFIG = SearchConfig(seed=5)
 
 def make_steps(engine: str, runner: StepRunner, device: str = "cpu", dtype: torch.dtype = torch.float64) -> SearchSteps:
     torch.manual_seed(2)
-    # the engine is remade where the supernet moves to
-    supernet = Supernet(tiny_space(), engine if device == "cpu" else "reference", dtype)
-    supernet._engine_name = engine
-    supernet.to(device)
+    supernet = Supernet(tiny_space(), engine, dtype, device)
     latencies = LayerLatencies(torch.rand(supernet.log_alpha.shape, dtype=torch.float64), 0.5).to(supernet.log_alpha)
     steps = SearchSteps(supernet, CONFIG, latencies, 1.0)
     steps.runner = runner

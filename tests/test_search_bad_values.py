@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import tfnas
 import torch
+from naive_supernet import tiny_space
 from search_cases import command, tiny_config, tiny_file
 from tfnas.bilevel import SearchFailed
 from tfnas.cli import main
 from tfnas.config import ConfigError, SearchConfig
 from tfnas.config_io import config_from_dict, load_config
 from tfnas.data import DataError, DataOptions
+from tfnas.pipeline import make_supernet
 from tfnas.schedule import temperature
 
-from tfnas_ext.engine import EngineRefused, engine_names
+from tfnas_ext import engine as engine_module
+from tfnas_ext.engine import EngineFactory, EngineRefused, engine_names
+from tfnas_ext.engine_reference import ReferenceEngine
+from tfnas_ext.engine_spec import BodySpec
+from tfnas_ext.packed import PackedLayer
 
 SHORT = {"epochs": 1, "warmup_epochs": 0, "steps_per_epoch": 2}
 
@@ -60,6 +67,22 @@ def test_an_engine_that_cannot_run_here_is_bad_input(tmp_path: Path, capsys: pyt
     assert issubclass(EngineRefused, RuntimeError)
     assert main(["search", "--config", str(tiny_file(tmp_path, engine="cuda", **SHORT))]) == 2
     assert "engine 'cuda' cannot run here" in capsys.readouterr().err
+
+
+def test_an_engine_of_another_device_than_the_cpu_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `cuda` on a GPU: weights are drawn on the CPU, where that engine cannot run. Here on the device `meta`."""
+
+    def refusal(spec: BodySpec, layers: Sequence[PackedLayer]) -> str | None:
+        device = layers[0].weights()[0].device
+        return None if device.type == "meta" else f"the weights are on {device}"
+
+    monkeypatch.setitem(engine_module._FACTORIES, "elsewhere", EngineFactory(ReferenceEngine, refusal))
+    config = SearchConfig(engine="elsewhere")
+    supernet = make_supernet(config, tiny_space(), torch.device("meta"))
+    assert isinstance(supernet.engine, ReferenceEngine)
+    assert all(tensor.is_meta for tensor in [*supernet.parameters(), *supernet.buffers()])
+    with pytest.raises(EngineRefused, match="the weights are on cpu"):
+        make_supernet(config, tiny_space(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("every_steps", [1, 100])

@@ -215,8 +215,7 @@ def make_supernet(config: SearchConfig, space: Space, device: torch.device) -> S
     """A supernet with weights drawn by the seed; torch's global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        supernet = Supernet(space, config.engine, getattr(torch, config.precision))
-    return supernet.to(device)
+        return Supernet(space, config.engine, getattr(torch, config.precision), device)
 
 
 def _space_overrides(config: SearchConfig) -> dict[str, Any]:

@@ -66,9 +66,10 @@ class Supernet(nn.Module):
         space: the search space.
         engine: what runs the searchable layers, a name for `tfnas_ext.engine.make_engine`.
         dtype: type of the activations: float32, bfloat16 (weights stay float32) or float64 (weights too).
+        device: where it is to be, and where `engine` must be able to run. None is torch's default device.
 
-    Fresh weights are drawn from torch's global generator; architecture parameters start uniform, widths at the space's
-    start widths.
+    Fresh weights are drawn from the global generator of torch's default device, whatever `device` is; architecture
+    parameters start uniform, widths at the space's start widths.
     """
 
     log_alpha: nn.Parameter
@@ -76,7 +77,13 @@ class Supernet(nn.Module):
     alpha_mask: Tensor
     beta_mask: Tensor
 
-    def __init__(self, space: Space, engine: str = "auto", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        space: Space,
+        engine: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(str(d) for d in DTYPES)}, not {dtype}")
@@ -100,7 +107,10 @@ class Supernet(nn.Module):
             self.register_buffer(f"_dense_momentum_{i}", torch.zeros_like(parameter), persistent=False)
         self._engine_name = engine
         self.widths = [[layer.start_width(i) for i in range(len(layer.candidates))] for layer in space.layers]
-        self._make_engine()
+        if device is None:
+            self._make_engine()
+        else:
+            self.to(device)  # makes the engine: a GPU's cannot be made before
 
     def forward_paths(self, images: Tensor, choices: Tensor) -> list[Tensor]:
         """Logits [N, classes], float32 or wider, of one network for each row of `choices` (int64 [P, L], P = 1 or 2).
