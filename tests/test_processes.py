@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from process_cases import raise_failures, run_processes
+from tfnas import pipeline, train
 from tfnas.cli import run_command
-from tfnas.config import ConfigError
+from tfnas.config import ConfigError, SearchConfig
 from tfnas.interrupt import ProcessFailed
-from tfnas.pipeline import choose_device
+from tfnas.pipeline import choose_device, on_device
 from tfnas.processes import ALONE, ProcessesDiverged, open_processes
+from tfnas.train_config import TrainConfig
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -149,3 +153,26 @@ def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="cuda:1 asked for"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize("run", [lambda: pipeline.search(SearchConfig()), lambda: train.train(TrainConfig())])
+def test_the_gpu_of_a_run_is_the_current_one(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its pinned memory, and with it a context, would be of the first GPU in every process."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def device(one: torch.device) -> Iterator[None]:
+        current.append(one)
+        yield
+        current.pop()
+
+    def stop(device: torch.device) -> None:
+        raise LookupError(current[-1])
+
+    assert isinstance(on_device(torch.device("cpu")), nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for module in (pipeline, train):
+        monkeypatch.setattr(module, "choose_device", lambda name: torch.device("cuda:1"))
+        monkeypatch.setattr(module, "open_processes", stop)
+    with pytest.raises(LookupError, match="cuda:1"):
+        run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tfnas
@@ -134,6 +135,22 @@ def test_figures_come_in_order() -> None:
     figures.send()
     figures.send()
     assert figures.take(wait=True) == [("c", [4.0])]
+
+
+def test_figures_are_awaited_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search on cuda:1 while cuda:0 is the current device: an event of that one would tell nothing of the copy."""
+    given = SimpleNamespace(device=torch.device("cuda:1"), shape=(3,), dtype=torch.float64)
+    recorded: list[object] = []
+    event = SimpleNamespace(record=lambda stream=None: recorded.append(stream), query=lambda: True)
+    host = SimpleNamespace(copy_=lambda source, non_blocking: None)
+    monkeypatch.setattr(torch, "cat", lambda tensors: given)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: host)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    figures: Figures[str] = Figures()
+    figures.add("a", torch.zeros(3, dtype=torch.float64))
+    figures.send()
+    assert recorded == ["stream of cuda:1"]
 
 
 @pytest.mark.slow

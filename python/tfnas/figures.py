@@ -22,7 +22,8 @@ class _Parcel(Generic[Tag]):
             self._values = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
             self._values.copy_(together, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            # where the copy is: without a stream it would be the current device's
+            self._arrived.record(torch.cuda.current_stream(together.device))
         else:
             self._values = together
 

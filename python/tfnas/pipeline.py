@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -121,6 +121,7 @@ def _prepared(config: SearchConfig, callbacks: Sequence[Callback] | None) -> Ite
     use_threads(config.threads)
     device = choose_device(config.device)
     with ExitStack() as stack:
+        stack.enter_context(on_device(device))
         processes = stack.enter_context(open_processes(device))
         reporter = make_reporter(config.tensorboard, callbacks, SEARCHING, processes)
         stack.callback(reporter.close)
@@ -167,6 +168,14 @@ def choose_device(name: str) -> torch.device:
             f"device: {device} asked for, but this torch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs"
         )
     return device
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which `device`, if it is a GPU, is the current one, as host memory pinned for it wants.
+
+    So no process makes itself known to a GPU that it does not use, nor takes memory there.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class HasData(Protocol):

@@ -31,7 +31,7 @@ from tfnas.config_io import config_to_dict
 from tfnas.data import DataBundle, build_data
 from tfnas.evaluate import Accuracy, evaluate_network
 from tfnas.network import Network, build_network
-from tfnas.pipeline import choose_device, data_options, require_batch_norm, say_skipped
+from tfnas.pipeline import choose_device, data_options, on_device, require_batch_norm, say_skipped
 from tfnas.processes import Processes, open_processes
 from tfnas.run import ARCHITECTURE_FILE
 from tfnas.threads import use_threads
@@ -86,6 +86,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] | None = None) -> T
     file = _architecture_file(config)
     given, facts = load_architecture(file)
     with ExitStack() as stack:
+        stack.enter_context(on_device(device))
         processes = stack.enter_context(open_processes(device))
         reporter = make_reporter(config.tensorboard, callbacks, TRAINING, processes)
         stack.callback(reporter.close)
