@@ -15,7 +15,7 @@ from engine_case import Case, close, random_body, small_body
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 
 from tfnas_ext.engine import run_mixture, run_paths
-from tfnas_ext.engine_cuda import refusal, shape_refusal
+from tfnas_ext.engine_cuda import product_math, refusal, shape_refusal
 from tfnas_ext.engine_spec import BodySpec, CandidateSpec, LayerSpec
 
 __all__ = ["emulated"]  # the fixture
@@ -127,6 +127,20 @@ def test_a_tape_keeps_its_choices(emulated: str) -> None:
     assert [row[:3] for row in rows] == [row[:3] for row in rows_after]
     assert all(torch.equal(a[3], b[3]) for a, b in zip(rows, rows_after, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(weights, weights_after, strict=True))
+
+
+def test_products_follow_both_settings_of_torch() -> None:
+    """After the newer one `torch.get_float32_matmul_precision` raises an error: a step must not."""
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    try:
+        for older, math in (("high", "tf32"), ("highest", "fp32")):
+            torch.set_float32_matmul_precision(older)
+            assert product_math() == math
+        for newer, math in (("tf32", "tf32"), ("ieee", "fp32")):
+            matmul.fp32_precision = newer
+            assert product_math() == math
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_refusals() -> None:

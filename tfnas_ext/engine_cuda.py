@@ -41,8 +41,8 @@ class CudaEngine:
 
     Choices are read by the kernels on the device; gradients lie in buffers that are allocated once per change of
     widths, so a whole step can be captured in a CUDA graph. float32 products run in tf32 where
-    `torch.set_float32_matmul_precision` allows it, else in three tf32 parts that keep float32's precision.
-    Deterministic.
+    `torch.set_float32_matmul_precision` or `torch.backends.cuda.matmul.fp32_precision` allows it, else in three tf32
+    parts that keep float32's precision. Deterministic.
     """
 
     name = "cuda"
@@ -281,8 +281,9 @@ def _one(choices: Tensor | None, index: int) -> Tensor | None:
 
 
 def product_math() -> str:
-    """How float32 products run: "tf32" where torch's setting allows it, else "fp32"."""
-    return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How float32 products run: "tf32" where torch's setting for its own on a GPU allows it, else "fp32"."""
+    # follows both of torch's settings; torch.get_float32_matmul_precision raises an error after the newer one
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
 
 def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
