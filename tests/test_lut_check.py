@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from profile_fakes import FakeEngine, Machine, smooth_ms
-from tfnas.cli import lut_build
-from tfnas.cli.codes import NOISY, OK
+from scripted_device import DeviceEngine, StrictDevice
+from tfnas.cli import lut_build, main
+from tfnas.cli.codes import FAILED, NOISY, OK
 from tfnas.latency.additivity import CHECKING, FITTING, random_architectures
+from tfnas.latency.chain_cuda import CudaChainTimer
 from tfnas.latency.check import CheckResult, check_table
 from tfnas.latency.engine import EngineUnavailable
 from tfnas.latency.header import engine_version
@@ -19,6 +22,8 @@ from tfnas.latency.lut_io import load_table, save_table
 from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, build_table
 from tfnas.space import OpKey
 from tfnas.space_io import load_space
+
+from tfnas_ext.timing_cuda import CudaTimer
 
 SMALL = load_space("small")
 
@@ -160,6 +165,21 @@ def test_strict_commands_end_with_3(scripted: Machine, tmp_path: Path, capsys: p
     scripted.noise, scripted.speed = 0.001, 2.0
     assert lut_build.check(output, space="small", architectures=5, strict=True) == NOISY
     assert "does not hold" in capsys.readouterr().out
+
+
+def test_a_gpu_that_cannot_be_timed_ends_a_build_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gpu_build(space: object, options: ProfileOptions, **kwargs: object) -> LatencyTable:
+        device = StrictDevice(queue_depth=0)
+        engine, options = DeviceEngine(Machine(), device=device), replace(options, mode="slope")
+        timer = CudaChainTimer(CudaTimer(device))
+        return build_table(SMALL, options, engine=engine, timer=timer, now_s=device.now_s, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lut_build, "build_table", gpu_build)
+    assert main(["lut", "build", "--space", "small", "--output", str(tmp_path / "lut.json"), "--json"]) == FAILED
+    assert re.fullmatch(r"tfnas lut: error: the timed work waited for the device.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "lut.json").exists()
 
 
 def test_a_damaged_table_is_refused(tmp_path: Path) -> None:

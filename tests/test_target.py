@@ -8,6 +8,7 @@ import pytest
 import torch
 from latency_tables import synthetic_table
 from profile_fakes import HEAD_MS, STEM_MS, FakeEngine, Machine, smooth_ms
+from scripted_device import StrictDevice
 from tfnas import target
 from tfnas.latency.additivity import random_architectures
 from tfnas.latency.chain import Section
@@ -15,6 +16,8 @@ from tfnas.latency.engine import Conditions
 from tfnas.latency.header import device_uuid
 from tfnas.latency.lut import LatencyTable
 from tfnas.space_io import load_space
+
+from tfnas_ext.timing_cuda import CudaTimer
 
 SMALL = load_space("small")
 
@@ -83,3 +86,19 @@ def test_a_network_whose_table_cannot_be_followed_is_not_measured(header: dict[s
     assert measured_ms is None
     assert reason is not None
     assert said in reason
+
+
+def test_a_network_that_a_gpu_cannot_time_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = StrictDevice()
+
+    def measure(arch: object, conditions: object) -> object:
+        return CudaTimer(device).sample(lambda: device.launch(1.0, 1, ran_before=False))
+
+    monkeypatch.setattr(target, "measure_network_ms", measure)
+    (arch,) = random_architectures(SMALL, 1, seed=0)
+    table = synthetic_table(SMALL)
+    of_here = LatencyTable(table.base_ms, table.curves, {"device_uuid": device_uuid("cpu")})
+    measured_ms, reason = target.measured_latency_ms(arch, of_here)
+    assert measured_ms is None
+    assert reason is not None
+    assert "the timed work waited for the device" in reason

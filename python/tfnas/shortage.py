@@ -1,4 +1,4 @@
-"""Errors that are the machine's and not the input's: no memory left, no room or no permission to write."""
+"""Errors that are the machine's and not the input's: no memory or room left, no permission, a GPU not to be timed."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_disk_full(error: BaseException) -> bool:
     """Whether a file could not be written for want of room: full disk, quota, file size limit."""
     return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
+def is_timing_failure(error: BaseException) -> bool:
+    """Whether a GPU could not be timed (`tfnas_ext.timing_cuda.GateTimeout`)."""
+    return type(error).__name__ == "GateTimeout"  # by its name, as above
 
 
 def is_write_failure(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from tfnas.latency.chain import run_through
 from tfnas.latency.compare import require_conditions
 from tfnas.latency.conditions import make_engine, make_timer, prepared_process
 from tfnas.latency.engine import Conditions, EngineUnavailable, require_device
-from tfnas.latency.header import device_name, device_uuid
+from tfnas.latency.header import device_name, device_uuid, tf32_use
 from tfnas.latency.lut import LatencyTable, LatencyTableError
 from tfnas.latency.lut_io import load_table, save_table
 from tfnas.latency.measure import conditions_of as table_conditions
@@ -106,6 +106,7 @@ def require_own_conditions(table: LatencyTable, space: Space, conditions: Condit
         "resolution": space.resolution,
         "threads": conditions.threads,
         "dtype": conditions.dtype,
+        "tf32": tf32_use(conditions),
         "layout": conditions.layout,
     }
     try:

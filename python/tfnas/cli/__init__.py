@@ -1,8 +1,9 @@
 """The `tfnas` command: one module per subcommand, loaded when it is called.
 
-Exit codes: 0 done; 1 failed on the way (loss not finite, not enough memory, disk full); 2 bad input or a target out
-of reach; 3 the derived network misses the target (only with `--derive paper`), or a `--strict` check does not hold;
-130 interrupted (Ctrl-C) and 143 terminated, after a checkpoint. Anything else is a bug and shows a traceback.
+Exit codes: 0 done; 1 failed on the way (loss not finite, not enough memory, disk full, GPU not to be timed); 2 bad
+input or a target out of reach; 3 the derived network misses the target (only with `--derive paper`), or a `--strict`
+check does not hold; 130 interrupted (Ctrl-C) and 143 terminated, after a checkpoint. Anything else is a bug and shows
+a traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tfnas.cli.functions import run_function
 from tfnas.files import is_text, shown
 from tfnas.interrupt import ProcessFailed
 from tfnas.openmp import wait_briefly
-from tfnas.shortage import is_disk_full, is_out_of_memory
+from tfnas.shortage import is_disk_full, is_out_of_memory, is_timing_failure
 
 COMMANDS = {
     "search": "search a network that meets a latency target (also `tfnas-search`)",
@@ -61,7 +62,7 @@ def search_main() -> int:
 
 
 def run_command(command: str, arguments: Sequence[str]) -> int:
-    """Run one subcommand, turning input errors into one message and exit code 2, want of memory or disk into 1.
+    """Run one subcommand, turning input errors into one message and exit code 2, failures of the machine into 1.
 
     A module of this package has either `run(arguments) -> int` or a function of the command's name, whose parameters
     become options.
@@ -124,7 +125,7 @@ def _guarded(name: str, call: Callable[[], int]) -> int:
         _drop_output()
         return code
     except Exception as error:
-        failed = is_out_of_memory(error) or is_disk_full(error)
+        failed = is_out_of_memory(error) or is_disk_full(error) or is_timing_failure(error)
         if not failed and not isinstance(error, ValueError | LookupError | OSError | ArgumentError):
             raise
         if os.environ.get("TFNAS_DEBUG") == "1":

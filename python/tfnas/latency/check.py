@@ -18,7 +18,7 @@ from tfnas.latency.additivity import CHECKING, additivity_report, random_archite
 from tfnas.latency.chain import ChainTimer, speed_ratio
 from tfnas.latency.chain_profiler import NETWORK_RULE
 from tfnas.latency.engine import Conditions, Engine
-from tfnas.latency.header import device_name, device_uuid, engine_version
+from tfnas.latency.header import device_name, device_uuid, engine_version, tf32_use
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.measure import NAMED, conditions_of, measure_networks_ms
 from tfnas.space import Space
@@ -151,6 +151,7 @@ def _remarks(table: LatencyTable, conditions: Conditions) -> list[str]:
         "device": device_name(conditions.device),
         "device_uuid": device_uuid(conditions.device),
         "engine_version": engine_version(conditions.engine),
+        "tf32": tf32_use(conditions),
         "torch": torch.__version__,
     }
     for name, value in here.items():

@@ -11,7 +11,7 @@ import numpy as np
 from tfnas.latency.lut import FloatArray, IntArray, LatencyTable, LatencyTableError
 from tfnas.space import OpKey
 
-CONDITIONS = ("device", "device_uuid", "engine", "batch", "resolution", "threads", "dtype", "layout", "mode")
+CONDITIONS = ("device", "device_uuid", "engine", "batch", "resolution", "threads", "dtype", "tf32", "layout", "mode")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -20,9 +21,11 @@ from tfnas_ext import __version__
 from tfnas_ext.backends import cpu_capability
 from tfnas_ext.timing_host import cpu_name
 
+MACHINE_ID = Path("/etc/machine-id")
+
 
 def describe_conditions(conditions: Conditions, space: Space, allocator: dict[str, int] | None) -> dict[str, Any]:
-    """Device, engine, batch, resolution, dtype, layout, threads, versions, allocator settings and the date (UTC)."""
+    """Device, engine, batch, resolution, dtype, TF32, layout, threads, versions, allocator and the date (UTC)."""
     return conditions.as_dict() | {
         "device": device_name(conditions.device),
         "device_type": torch.device(conditions.device).type,
@@ -32,6 +35,7 @@ def describe_conditions(conditions: Conditions, space: Space, allocator: dict[st
         "engine_version": engine_version(conditions.engine),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "tf32": tf32_use(conditions),
         "gpu": gpu_facts(conditions.device),
         "python": platform.python_version(),
         "allocator": allocator,
@@ -46,6 +50,15 @@ def engine_version(engine: str) -> str | None:
         with suppress(ImportError):
             return str(import_module("onnxruntime").__version__)
     return f"{__version__}, {cpu_capability()}" if engine == "fused" else None
+
+
+def tf32_use(conditions: Conditions) -> str | None:
+    """What torch computes in TF32 on a GPU: "matmul", "convolutions", both or "none"; None where it has no say."""
+    on_gpu = torch.device(conditions.device).type == "cuda"
+    if not on_gpu or conditions.engine == "onnxruntime" or conditions.dtype != "float32":
+        return None
+    settings = {"matmul": torch.backends.cuda.matmul, "convolutions": torch.backends.cudnn.conv}  # type: ignore[attr-defined]
+    return ", ".join(name for name, of in settings.items() if of.fp32_precision == "tf32") or "none"
 
 
 def gpu_facts(device: str) -> dict[str, str]:
@@ -75,10 +88,15 @@ def device_name(device: str) -> str:
 
 
 def device_uuid(device: str) -> str:
-    """Tells one machine from another: the GPU's UUID, or a digest of the machine's id and processor."""
+    """Tells one machine from another: the GPU's UUID, or a digest of the machine's id and processor.
+
+    Without an id, as in most containers, of the number of cores and the processor: a host name is drawn anew there.
+    """
     if torch.device(device).type == "cuda":
         return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    machine = platform.node()
+    machine = ""
     with suppress(OSError):
-        machine = Path("/etc/machine-id").read_text(encoding="utf-8").strip()
+        machine = MACHINE_ID.read_text(encoding="utf-8").strip()
+    if machine in ("", "uninitialized"):
+        machine = f"{os.cpu_count()} cores"
     return hashlib.sha256(f"{machine} {cpu_name()}".encode()).hexdigest()[:16]

@@ -31,7 +31,7 @@ _KEY_FIELDS = ("resolution", "in_channels", "out_channels", "kernel_size", "stri
 _CURVE_FIELDS = ("key", "kind", "period", "widths", "latency_ms", "rel_stdev", "samples")
 _TABLE_FIELDS = ("schema_version", "unit", "header", "base_ms", "correction", "curves")
 _HEADER_COUNTS = ("batch", "resolution", "threads")
-_HEADER_TEXTS = ("device", "device_type", "device_uuid", "engine", "dtype", "layout", "date")
+_HEADER_TEXTS = ("device", "device_type", "device_uuid", "engine", "dtype", "tf32", "layout", "date")
 _HEADER_GROUPS = ("additivity", "noise")
 
 

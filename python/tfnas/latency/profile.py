@@ -26,7 +26,7 @@ from tfnas.latency.chain_cuda import CudaChainTimer
 from tfnas.latency.chain_profiler import NETWORK_RULE, ChainProfiler
 from tfnas.latency.conditions import make_profiler, mode_of, prepared_process
 from tfnas.latency.engine import Conditions, Engine
-from tfnas.latency.header import describe_conditions, device_uuid, engine_version
+from tfnas.latency.header import describe_conditions, device_uuid, engine_version, tf32_use
 from tfnas.latency.knots import KnotPlacement, searchable_ranges
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.measurements import Measurements
@@ -146,6 +146,7 @@ def _identity(space: Space, options: ProfileOptions) -> dict[str, Any]:
         **conditions.as_dict(),
         "device_uuid": device_uuid(conditions.device),
         "engine_version": engine_version(conditions.engine),
+        "tf32": tf32_use(conditions),
         "torch": torch.__version__,
         "mode": options.chosen_mode,
         "seed": options.seed,
