@@ -37,13 +37,13 @@ class Timer(Protocol):
 
 
 @lru_cache(maxsize=4096)
-def median_interval_rank(count: int, confidence: float = 0.95) -> int | None:
+def median_interval_rank(count: int) -> int | None:
     """Rank k (from 0) such that the k-th smallest and k-th largest of `count` samples enclose the true median.
 
     Exact and free of any distribution: the number of samples below the median is Binomial(count, 1/2). None when
-    there are too few samples for an interval of that confidence (fewer than 6 at 95 %).
+    there are fewer than 6, too few for an interval of 95 % confidence.
     """
-    tail, allowed = 0.0, (1.0 - confidence) / 2.0
+    tail, allowed = 0.0, (1.0 - 0.95) / 2.0
     rank: int | None = None
     for k in range(count // 2 + 1):
         tail += math.exp(math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2))
@@ -95,9 +95,9 @@ class Samples:
         return (high - low) / 2.0 / self.median_ms
 
 
-def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the median of `values` (order statistics); (-inf, inf) when there are too few."""
-    rank = median_interval_rank(int(values.size), confidence)
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % confidence interval of the median of `values` (order statistics); (-inf, inf) when there are too few."""
+    rank = median_interval_rank(int(values.size))
     if rank is None:
         return -math.inf, math.inf
     ordered = np.sort(values)

@@ -15,6 +15,9 @@ from tfnas_ext.timing import Timer
 
 FloatArray = npt.NDArray[np.float64]
 
+_REPEATS = 3
+_ATTEMPTS = 3
+
 
 @dataclass(frozen=True)
 class Slope:
@@ -53,20 +56,18 @@ def measure_slope(
     chains: dict[int, Callable[[], object]],
     *,
     rng: np.random.Generator,
-    repeats: int = 3,
-    attempts: int = 3,
 ) -> Slope:
-    """Time `chains` (by their length) in random order, `repeats` times each, and fit the slope.
+    """Time `chains` (by their length) in random order, three times each, and fit the slope.
 
     Every copy in a chain should have weights and buffers of its own, so that nothing is found in cache that a real
-    network would have to load. A disturbed reading is taken again, `attempts` times at most.
+    network would have to load. A disturbed reading is taken again, up to three are taken in all.
     """
     lengths: list[int] = []
     times_ms: list[float] = []
     rejected, disturbed = 0, False
-    for _ in range(repeats):
+    for _ in range(_REPEATS):
         for length in rng.permutation(list(chains)):
-            for _ in range(attempts):
+            for _ in range(_ATTEMPTS):
                 reading = timer.sample(chains[int(length)])
                 if not reading.disturbed:
                     break

@@ -81,11 +81,12 @@ def measure_cases(
                 yield Row(case.name, phase, str(dtype).removeprefix("torch."), times, noise, gflops)
 
 
-def matmul_flops(timer: Timer, size: int = 1024, repeats: int = 20, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a large product, the best of repeated calls."""
+def matmul_flops(timer: Timer, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a large product, the best of twenty calls."""
+    size = 1024
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     timer.warm_up(lambda: torch.mm(a, b), 2)
-    return 2 * size**3 / min(timer.sample(lambda: torch.mm(a, b)).ms for _ in range(repeats)) * 1e3
+    return 2 * size**3 / min(timer.sample(lambda: torch.mm(a, b)).ms for _ in range(20)) * 1e3
 
 
 def _competitors(case: Case, dtype: torch.dtype, compiled: bool) -> dict[str, nn.Module]:

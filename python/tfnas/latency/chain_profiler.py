@@ -26,6 +26,7 @@ Kind = tuple[int, int, int, int, str]
 _REFERENCES = 8
 # Whole networks are few, and all else is scaled to them.
 NETWORK_RULE = StopRule(0.005, min_samples=12, max_samples=60)
+_LEAST = 3  # samples of everything, however late it is
 _LOOK_EVERY = 8  # visits between two looks at the stop rule, at first
 _LOOK_SHARE = 0.1  # later this share of all visits so far: looking takes longer the more there is to see
 
@@ -75,10 +76,9 @@ class ChainProfiler:
         rule: StopRule,
         deadline_s: float,
         *,
-        least: int = 3,
         tick: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Sample `configs` until each meets `rule` or the deadline (of `now_s`) passes, each at least `least` times.
+        """Sample `configs` until each meets `rule` or the deadline (of `now_s`) passes, each at least three times.
 
         Returns whether all met the rule. The samples are in `measurements` whatever happens; `tick` is called often.
         """
@@ -91,7 +91,7 @@ class ChainProfiler:
             for config in waiting:
                 count = self.measurements.count(config)
                 good = count > 0 and rule.met(self.measurements.samples(config, slowness).values_ms)
-                spent = count >= rule.max_samples or (late and count >= least)
+                spent = count >= rule.max_samples or (late and count >= _LEAST)
                 if good or spent:
                     met &= good
                 else:
@@ -112,7 +112,6 @@ class ChainProfiler:
         networks: Sequence[Sections],
         rule: StopRule,
         deadline_s: float,
-        least: int = 3,
         *,
         tick: Callable[[], None] = lambda: None,
     ) -> list[Samples]:
@@ -131,7 +130,7 @@ class ChainProfiler:
             late = self.now_s() >= deadline_s
             results = [usable(total, drift) for total in into.totals]
             met |= {i for i, samples in enumerate(results) if samples.count and rule.met(samples.values_ms)}
-            enough = least if late else rule.max_samples
+            enough = _LEAST if late else rule.max_samples
             waiting = [i for i, total in enumerate(into.totals) if i not in met and len(total) < enough]
             if not waiting:
                 return [replace(samples, converged=i in met) for i, samples in enumerate(results)]

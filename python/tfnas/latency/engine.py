@@ -68,6 +68,15 @@ class Conditions:
         return asdict(self)
 
 
+def require_own(conditions: Conditions, engine: str, **own: str) -> None:
+    """Raise `EngineUnavailable` unless the conditions are `own`, the only ones that `engine` runs with."""
+    for name, value in own.items():
+        if getattr(conditions, name) != value:
+            raise EngineUnavailable(
+                f"engine {engine!r} runs with {name}={value} only, got {name}={getattr(conditions, name)}"
+            )
+
+
 class Engine(Protocol):
     """Makes the sections of networks of one space. Every section maps a batch of activations to the next one."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tfnas.latency.chain import Section
-from tfnas.latency.engine import Conditions, EngineUnavailable
+from tfnas.latency.engine import Conditions, EngineUnavailable, require_own
 from tfnas.latency.engine_torch import TorchEngine
 from tfnas.network import build_stem
 from tfnas.space import OpKey, Space
@@ -28,11 +28,7 @@ class FusedEngine(TorchEngine):
 
     def __init__(self, space: Space, conditions: Conditions) -> None:
         super().__init__(space, conditions)
-        for name, value in (("dtype", "float32"), ("layout", "channels_last")):
-            if getattr(conditions, name) != value:
-                raise EngineUnavailable(
-                    f"engine 'fused' runs with {name}={value} only, got {name}={getattr(conditions, name)}"
-                )
+        require_own(conditions, "fused", dtype="float32", layout="channels_last")
         if torch.device(conditions.device).type != "cpu":
             raise EngineUnavailable("engine 'fused' runs on the CPU only: profile with eager or compile on a GPU")
         try:

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from tfnas.latency.chain import Section
-from tfnas.latency.engine import Conditions, EngineUnavailable
-from tfnas.latency.engine_torch import TorchEngine, make_block
-from tfnas.network import Head, MBInvRes, SqueezeExcite, Stem, build_head, build_network, build_stem
-from tfnas.space import OpKey, Space
+from tfnas.latency.engine import Conditions, EngineUnavailable, require_own
+from tfnas.latency.engine_torch import TorchEngine
+from tfnas.network import Head, MBInvRes, SqueezeExcite, Stem, build_network
+from tfnas.space import Space
 
 if TYPE_CHECKING:
     from tfnas.architecture import Architecture
@@ -26,7 +26,7 @@ OPSET = 17
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class OnnxruntimeEngine:
+class OnnxruntimeEngine(TorchEngine):
     """Sessions of onnxruntime's CPU or CUDA provider, all graph optimisations on.
 
     On the CPU `conditions.threads` threads; on a GPU torch's current stream, which must not be the default one, and no
@@ -37,11 +37,7 @@ class OnnxruntimeEngine:
     """
 
     def __init__(self, space: Space, conditions: Conditions) -> None:
-        for name, value in (("dtype", "float32"), ("layout", "nchw")):
-            if getattr(conditions, name) != value:
-                raise EngineUnavailable(
-                    f"engine 'onnxruntime' runs with {name}={value} only, got {name}={getattr(conditions, name)}"
-                )
+        require_own(conditions, "onnxruntime", dtype="float32", layout="nchw")
         try:
             import onnx
             import onnxruntime
@@ -59,20 +55,7 @@ class OnnxruntimeEngine:
                 f"for device {conditions.device!r}, only {', '.join(onnxruntime.get_available_providers())}; for a GPU "
                 "install onnxruntime-gpu"
             )
-        self.space, self.conditions = space, conditions
-        self._torch = TorchEngine(space, conditions)
-
-    def input(self) -> torch.Tensor:
-        return self._torch.input()
-
-    def stem(self) -> Section:
-        return self._section(lambda: build_stem(self.space))
-
-    def head(self) -> Section:
-        return self._section(lambda: build_head(self.space))
-
-    def block(self, key: OpKey, width: int) -> Section:
-        return self._section(lambda: make_block(key, width))
+        super().__init__(space, conditions)
 
     def network(self, arch: Architecture) -> list[Section]:
         """One session for the whole network, as it would be deployed."""
@@ -85,8 +68,7 @@ class OnnxruntimeEngine:
         return [self._section(make)]
 
     def _section(self, make: Callable[[], nn.Module]) -> Section:
-        module = self._torch.module(make)
-        model = OnnxGraph(self._onnx).model(module)
+        model = OnnxGraph(self._onnx).model(self.module(make))
         options = self._onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.conditions.threads
         options.inter_op_num_threads = 1

@@ -32,12 +32,7 @@ def conditions_of(header: Mapping[str, Any]) -> Conditions:
 
 
 def measure_network_ms(
-    arch: Architecture,
-    conditions: Conditions | None = None,
-    *,
-    half_width: float = 0.005,
-    min_samples: int = 20,
-    time_limit_s: float = 5.0,
+    arch: Architecture, conditions: Conditions | None = None, *, time_limit_s: float = 5.0
 ) -> Samples:
     """Latency of a whole network in ms, one batch of `conditions.batch` images from input to logits.
 
@@ -45,7 +40,7 @@ def measure_network_ms(
     `reference_ms`, the median of each, by which a table built in another process can be compared (`speed_ratio`).
     Not deterministic, being a measurement. Raises `EngineUnavailable` where the conditions cannot be met.
     """
-    rule = StopRule(half_width, min_samples, time_limit_s=time_limit_s)
+    rule = StopRule(0.005, min_samples=20)
     return measure_networks_ms([arch], conditions, rule=rule, time_limit_s=time_limit_s)[0]
 
 
@@ -69,7 +64,7 @@ def measure_networks_ms(
         data = Measurements()
         profiler = make_profiler(archs[0].space, conditions, data, seed=seed, engine=engine, timer=timer, now_s=now_s)
         networks = [profiler.engine.network(arch) for arch in archs]
-        results = profiler.measure_networks(networks, rule, now_s() + time_limit_s, least=3)
+        results = profiler.measure_networks(networks, rule, now_s() + time_limit_s)
     facts = {"reference_ms": data.networks.reference.medians_ms()} | conditions.as_dict()
     return [replace(samples, facts=facts) for samples in results]
 
