@@ -40,9 +40,11 @@ run 20 "what can run here" "$python" -c \
 run 90 "engine, captured steps, sampler, timers and data on the device; fp64, fp32, tf32, bf16" "$python" -m pytest -q \
   tests/test_engine_gpu.py tests/test_sampling.py tests/test_timing_cuda.py tests/test_data_cuda.py
 if command -v compute-sanitizer > /dev/null || [ -n "$dry" ]; then
+  # Calls of CUDA that fail are not its business: torch and its libraries try some to learn what there is, and whatever
+  # this package calls is checked. --kernel-name is of CUDA 12.3 and later.
   for tool in memcheck racecheck synccheck; do
-    run 45 "$tool finds nothing" compute-sanitizer --tool "$tool" --kernel-regex kns=tfnas --error-exitcode 1 \
-      "$python" -m pytest -q -x tests/test_engine_gpu.py -k "fp32-0 or tf32-0 or bf16-0"
+    run 45 "$tool finds nothing" compute-sanitizer --tool "$tool" --kernel-name kns=tfnas --report-api-errors no \
+      --error-exitcode 1 "$python" -m pytest -q -x tests/test_engine_gpu.py -k "fp32-0 or tf32-0 or bf16-0"
   done
 else
   echo "compute-sanitizer is not on PATH: memory and race checks were left out"
