@@ -54,7 +54,7 @@ run 90 "steps against plain PyTorch; launches, waits, memory; another timer" \
   "$python" benchmarks/gpu_step.py --samples 10 --json "$out-step.json"
 run 50 "each kernel against the bytes that it must move" \
   "$python" benchmarks/gpu_kernels.py --samples 5 --json "$out-kernels.json"
-run 30 "images per second of the data layer" \
+run 35 "images per second of the data layer" \
   "$python" benchmarks/data_loading.py --device cuda --workers 0 --seconds 2 --output "$out-data.json"
 run 10 "one file and a table of all" "$python" benchmarks/gpu_summary.py "$out"
 if [ ${#failed[@]} -gt 0 ]; then

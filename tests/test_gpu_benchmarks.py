@@ -117,6 +117,17 @@ def test_profiled_events_have_names_and_times() -> None:
     assert any(event.name == "aten::sum" and event.time_range.elapsed_us() > 0 for event in profile.events())
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_calls_of_one_step_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a profile of the CPU, operators in place of launches and waits."""
+    step_benchmark = benchmark("gpu_step", monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(step_benchmark, "LAUNCH", re.compile("aten::add$"))
+    monkeypatch.setattr(step_benchmark, "WAIT", re.compile("aten::mul$"))
+    x = torch.ones(3)
+    assert step_benchmark.host_calls(lambda: x + x + x + x * x) == (3, 1)
+
+
 def test_summary_of_what_is_there(tmp_path: Path) -> None:
     step = {"step": "W", "precision": "tf32", "engine": "cuda graph", "median_ms": 1.5, "ratio_vs_best_plain": 8.25}
     step |= {"peak_bytes": 2_400_000_000, "launches": 1, "synchronisations": 0}
