@@ -23,10 +23,10 @@ from tfnas.checkpoint import find_not_finite
 from tfnas.config import SearchConfig
 from tfnas.data import DataBundle
 from tfnas.derive import derive, kept_layers
-from tfnas.interrupt import SearchInterrupted
+from tfnas.interrupt import RunFailed, SearchInterrupted
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.objective import LayerLatencies, expected_latency_ms, layer_latencies_ms
-from tfnas.loop import RunFailed, RunLoop
+from tfnas.loop import RunLoop
 from tfnas.processes import ALONE, Processes
 from tfnas.scaling import fit_widths
 from tfnas.schedule import is_warmup, learning_rate, temperature

@@ -1,4 +1,4 @@
-"""What ends a run: signals, answered between two steps, and other processes of the same run that fail."""
+"""What ends a run: signals, answered between two steps, what makes it fail, and other processes that do."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ class SearchInterrupted(RunInterrupted):
 
 class TrainingInterrupted(RunInterrupted):
     """A training stopped on request."""
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on: loss not finite, out of memory, disk full, processes diverged. Checkpoints are kept."""
 
 
 class ProcessFailed(RuntimeError):

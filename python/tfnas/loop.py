@@ -18,14 +18,10 @@ from tfnas.checkpoint import CheckpointError, find_not_finite, save_checkpoint
 from tfnas.config import CheckpointConfig
 from tfnas.fields import describe
 from tfnas.figures import Figures
-from tfnas.interrupt import RunInterrupted, StopRequest
+from tfnas.interrupt import RunFailed, RunInterrupted, StopRequest
 from tfnas.pace import Pace
 from tfnas.processes import Processes, ProcessesDiverged
 from tfnas.shortage import is_out_of_memory, is_write_failure, peak_memory_bytes
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on: loss not finite, out of memory, disk full, processes diverged. Checkpoints are kept."""
 
 
 class RunLoop(ABC):

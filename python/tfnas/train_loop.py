@@ -19,8 +19,8 @@ from tfnas.architecture import architecture_to_dict
 from tfnas.callbacks import Record, Reporter
 from tfnas.data import DataBundle
 from tfnas.evaluate import evaluate_network, logits_of
-from tfnas.interrupt import TrainingInterrupted
-from tfnas.loop import RunFailed, RunLoop
+from tfnas.interrupt import RunFailed, TrainingInterrupted
+from tfnas.loop import RunLoop
 from tfnas.network import Network
 from tfnas.parallel import exchange_gradients, share_network
 from tfnas.processes import ALONE, Processes

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentError
 from tfnas.cli.codes import BAD_INPUT, FAILED, INTERRUPTED, OK
 from tfnas.cli.functions import run_function
 from tfnas.files import is_text, shown
-from tfnas.interrupt import ProcessFailed
+from tfnas.interrupt import ProcessFailed, RunFailed, RunInterrupted
 from tfnas.openmp import wait_briefly
 from tfnas.shortage import is_disk_full, is_out_of_memory, is_timing_failure
 
@@ -80,10 +80,20 @@ def _call(command: str, arguments: list[str]) -> int:
                 "got other bytes; rename the file or folder, reach it by a link, or take a locale with UTF-8"
             )
     module = importlib.import_module(f"tfnas.cli.{command}")
-    if hasattr(module, "run"):
-        code: int = module.run(arguments)
-        return code
-    return run_function(f"tfnas {command}", getattr(module, command), arguments)
+    try:
+        if hasattr(module, "run"):
+            code: int = module.run(arguments)
+            return code
+        return run_function(f"tfnas {command}", getattr(module, command), arguments)
+    except RunInterrupted as stopped:
+        from tfnas.processes import is_first_process
+
+        if is_first_process():
+            _complain(f"tfnas {command}: {stopped}")
+        return 128 + stopped.signal_number
+    except RunFailed as error:
+        _complain(f"tfnas {command}: error: {error}")
+        return FAILED
 
 
 def _without_command(arguments: list[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tfnas.cli.codes import FAILED, OK, TARGET_MISSED
+from tfnas.cli.codes import OK, TARGET_MISSED
 from tfnas.config import SearchConfig
 from tfnas.config_io import parse_search_arguments
 
@@ -13,22 +13,12 @@ def run(arguments: list[str]) -> int:
     """Search by the command line's configuration; returns the exit code."""
     config = parse_search_arguments(arguments)
 
-    from tfnas.bilevel import SearchFailed
-    from tfnas.interrupt import SearchInterrupted
     from tfnas.pipeline import search
     from tfnas.processes import is_first_process
 
-    try:
-        if isinstance(config.target_latency_ms, list):
-            return _search_targets(config)
-        result = search(config)
-    except SearchInterrupted as stopped:
-        if is_first_process():
-            print(f"tfnas search: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal_number
-    except SearchFailed as error:
-        print(f"tfnas search: error: {error}", file=sys.stderr)
-        return FAILED
+    if isinstance(config.target_latency_ms, list):
+        return _search_targets(config)
+    result = search(config)
     if result.met:
         return OK
     if is_first_process():

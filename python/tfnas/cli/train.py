@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from tfnas.cli.codes import FAILED, OK
+from tfnas.cli.codes import OK
 from tfnas.config import ConfigError
 from tfnas.config_io import SEARCH, config_to_dict
 from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE, targets_hint
@@ -26,20 +25,9 @@ def run(arguments: list[str]) -> int:
         return OK
     config = parse_train_arguments(arguments)
 
-    from tfnas.interrupt import TrainingInterrupted
-    from tfnas.processes import is_first_process
     from tfnas.train import train
-    from tfnas.train_loop import TrainingFailed
 
-    try:
-        train(config)
-    except TrainingInterrupted as stopped:
-        if is_first_process():
-            print(f"tfnas train: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal_number
-    except TrainingFailed as error:
-        print(f"tfnas train: error: {error}", file=sys.stderr)
-        return FAILED
+    train(config)
     return OK
 
 
