@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from search_cases import assert_equal_bits, results_of, tiny_config, tiny_file
-from tfnas import Callback, search
+from tfnas import Callback, pipeline, search
+from tfnas import train as train_module
+from tfnas.begin import stored_state
 from tfnas.callbacks import Record
 from tfnas.checkpoint import LATEST, CheckpointError, load_checkpoint, save_checkpoint
 from tfnas.cli import run_command
 from tfnas.config import ConfigError, SearchConfig
 from tfnas.interrupt import SearchInterrupted, StopRequest
+from train_cases import train_config
 
 
 def _reference(folder: Path, **changes: object) -> dict[str, object]:
@@ -54,6 +58,36 @@ def test_ctrl_c_and_resume(tmp_path: Path, step: int) -> None:
     assert not (tmp_path / "run" / "architecture.json").exists()
     search(dataclasses.replace(config, resume=True), [])
     _equal(results_of(tmp_path / "run"), expected)
+
+
+class _State(dict[str, object]):
+    """A dict that can be referred to weakly."""
+
+
+@pytest.mark.parametrize("kind", ["search", "training"])
+def test_a_checkpoint_is_let_go_once_it_is_loaded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it is as large as the run's own weights and momentum, and there may be no room for both."""
+    module, run = (pipeline, search) if kind == "search" else (train_module, train_module.train)
+    make = tiny_config if kind == "search" else train_config
+    config = make(tmp_path, log__every_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, [_Stop(2)])  # type: ignore[operator]
+    states: list[weakref.ref[_State]] = []
+    alive: list[bool] = []
+
+    class Watch(Callback):
+        def on_step(self, record: Record) -> None:
+            alive.append(states[0]() is not None)
+
+    def stored(*arguments: object) -> _State:
+        state = _State(stored_state(*arguments))  # type: ignore[arg-type]
+        states.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(module, "stored_state", stored)
+    run(dataclasses.replace(config, resume=True), [Watch()])  # type: ignore[operator,type-var]
+    assert alive
+    assert not any(alive)
 
 
 def test_exit_codes_of_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from tfnas.run import read_metrics
 from tfnas.space_io import load_space
 from tfnas.train import train
 from tfnas.train_config import TrainConfig
-from tfnas.train_loop import Batch, TrainLoop, _noise_seed
+from tfnas.train_loop import Batch, TrainLoop, _noise_seed, update_average_
 from torch import Tensor
 from train_cases import train_config, train_values
 
@@ -95,7 +95,8 @@ class _BothShares(TrainLoop):
         self.optimizer.step()
         self.optimizer.zero_grad()
         assert self.average is not None
-        self.average.update_parameters(net)
+        assert config.ema_decay is not None
+        update_average_(self.average, net, config.ema_decay)
         self._keep("step", torch.cat([sums, norm.double()[None]]))
 
 

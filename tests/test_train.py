@@ -23,15 +23,17 @@ from tfnas.config_io import config_to_dict, config_to_yaml, load_config
 from tfnas.data.errors import DataError
 from tfnas.evaluate import evaluate_network
 from tfnas.interrupt import TrainingInterrupted
+from tfnas.network import build_network
 from tfnas.progress import PlainProgress
 from tfnas.run import read_metrics
 from tfnas.schedule import averaging_decay, warmup_cosine
 from tfnas.train import make_network, train
 from tfnas.train_config import TRAIN, TrainConfig
-from tfnas.train_loop import TrainingFailed, TrainLoop
+from tfnas.train_loop import TrainingFailed, TrainLoop, update_average_
 from tfnas.train_progress import TRAINING
 from tfnas.weights import network_with, read_weights
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from train_cases import tiny_architecture, train_config, train_values
 
 from tfnas_ext._native import MODULE
@@ -105,6 +107,29 @@ def test_one_step_is_sgd_on_the_mean_loss(tmp_path: Path) -> None:
     for name, value in average.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(weights[name].double(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_moving_average_is_torchs_and_reads_nothing_back(tmp_path: Path) -> None:
+    arch = tiny_architecture(tmp_path)
+
+    def torchs(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+        get_ema_multi_avg_fn(averaging_decay(0.3, int(updates)))(averaged, current, updates)
+
+    net = build_network(arch)
+    ours, theirs = AveragedModel(net, use_buffers=True), AveragedModel(net, multi_avg_fn=torchs, use_buffers=True)
+    for step in range(4):
+        net(torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(step)))
+        for parameter in net.parameters():
+            parameter.data.add_(0.1 * step)
+        update_average_(ours, net, 0.3)
+        theirs.update_parameters(net)
+        assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    with torch.device("meta"):  # whose tensors have no values to read
+        elsewhere = build_network(arch)
+    average = AveragedModel(elsewhere, use_buffers=True)
+    for _ in range(3):
+        update_average_(average, elsewhere, 0.3)
+    assert average.n_averaged == 3
 
 
 def test_it_learns(tmp_path: Path) -> None:

@@ -140,9 +140,11 @@ def _prepared(config: SearchConfig, callbacks: Sequence[Callback] | None) -> Ite
         target = choose_target(space, table, config.target_latency_ms)
         supernet = make_supernet(config, dataclasses.replace(space, num_classes=data.num_classes), device)
         loop = BilevelSearch(config, supernet, data, table, target, folder, reporter, state, processes)
+        fresh, metrics_bytes = state is None, state["metrics_bytes"] if state else 0
+        del state  # on a GPU it takes as much memory as all weights and their momentum
         # not before the checkpoint is known to be this search's
-        reporter.open(folder, state["metrics_bytes"] if state else 0)
-        reporter.record(_start_record(config, loop, data, device), write=state is None)
+        reporter.open(folder, metrics_bytes)
+        reporter.record(_start_record(config, loop, data, device), write=fresh)
         yield _Prepared(config, space, loop, reporter, processes, start_s)
 
 

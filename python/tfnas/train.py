@@ -100,11 +100,13 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] | None = None) -> T
         say_skipped(data, reporter.say)
         arch = _with_classes(given, data, reporter.say)
         loop = TrainLoop(config, make_network(config, arch, device), data, folder, reporter, state, processes)
+        fresh, metrics_bytes = state is None, state["metrics_bytes"] if state else 0
+        del state  # what nobody took over need not stay in a GPU's memory
         # not before the checkpoint is known to be this training's
         if processes.is_first:
             save_architecture(folder / ARCHITECTURE_FILE, arch, **facts)
-        reporter.open(folder, state["metrics_bytes"] if state else 0)
-        reporter.record(_start_record(config, loop, data, device), write=state is None)
+        reporter.open(folder, metrics_bytes)
+        reporter.record(_start_record(config, loop, data, device), write=fresh)
         loop.run()
         network = (
             processes.from_first(lambda: network_with(arch, folder / BEST_FILE))

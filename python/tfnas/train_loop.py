@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tfnas.architecture import architecture_to_dict
@@ -100,7 +100,7 @@ class TrainLoop(RunLoop):
         )
         self.average: AveragedModel | None = None
         if config.ema_decay is not None:
-            self.average = AveragedModel(network, multi_avg_fn=_growing_average(config.ema_decay), use_buffers=True)
+            self.average = AveragedModel(network, use_buffers=True)
         if state is not None:
             self._restore(state)
         self._parallel = share_network(network, processes)
@@ -155,8 +155,8 @@ class TrainLoop(RunLoop):
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update_parameters(self.network)
+        if self.average is not None and config.ema_decay is not None:
+            update_average_(self.average, self.network, config.ema_decay)
         self._keep("step", torch.cat([sums, norm.double()[None]]))
         self._pace.count(images_in_step * self.processes.world_size)
 
@@ -257,11 +257,25 @@ class TrainLoop(RunLoop):
         }
 
 
-def _growing_average(decay: float) -> Callable[..., None]:
-    def average_(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
-        get_ema_multi_avg_fn(averaging_decay(decay, int(updates)))(averaged, current, updates)
+@torch.no_grad()
+def update_average_(average: AveragedModel, network: nn.Module, decay: float) -> None:
+    """Take the weights and statistics of `network` into `average`, a moving average whose decay grows to `decay`.
 
-    return average_
+    Nothing is read back from a GPU; `AveragedModel.update_parameters` waits there, since it hands over the number of
+    updates on the device.
+    """
+    updates = int(average.n_averaged)  # always on the host
+    averaged = [*average.module.parameters(), *average.module.buffers()]
+    current = [*network.parameters(), *network.buffers()]
+    for floating in (True, False):
+        pairs = [pair for pair in zip(averaged, current, strict=True) if pair[0].is_floating_point() == floating]
+        mine, new = [pair[0].detach() for pair in pairs], [pair[1].detach() for pair in pairs]
+        if updates == 0:
+            for a, b in zip(mine, new, strict=True):
+                a.copy_(b)
+        elif pairs:
+            get_ema_multi_avg_fn(averaging_decay(decay, updates))(mine, new, updates)
+    average.n_averaged += 1
 
 
 def _noise_seed(seed: int, step: int, rank: int) -> int:
