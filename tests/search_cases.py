@@ -14,7 +14,7 @@ import yaml
 from latency_tables import synthetic_table
 from tfnas.checkpoint import load_checkpoint
 from tfnas.config import SearchConfig
-from tfnas.config_io import config_from_dict
+from tfnas.config_io import SEARCH
 from tfnas.latency.lut_io import save_table
 from tfnas.run import read_metrics
 from tfnas.space import Space
@@ -75,7 +75,7 @@ def tiny_values(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def tiny_config(folder: Path, **changes: Any) -> SearchConfig:
     """`tiny_values` as a configuration."""
-    return config_from_dict(tiny_values(folder, **changes))
+    return SEARCH.from_dict(tiny_values(folder, **changes))
 
 
 def tiny_file(folder: Path, **changes: Any) -> Path:

@@ -15,9 +15,6 @@ from tfnas.config_io import (
     CONFIG_FOLDER,
     SEARCH,
     ConfigKind,
-    config_from_dict,
-    config_names,
-    config_path,
     config_to_dict,
     config_to_yaml,
     load_config,
@@ -27,20 +24,20 @@ from tfnas.train_config import TRAIN
 
 
 def test_built_in_names() -> None:
-    assert config_names() == ["fashion-mnist", "imagenet", "quickstart"]
+    assert SEARCH.names() == ["fashion-mnist", "imagenet", "quickstart"]
 
 
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", SEARCH.names())
 def test_round_trip_of_built_in(name: str, tmp_path: Path) -> None:
     config = load_config(name)
-    assert config_from_dict(config_to_dict(config)) == config
+    assert SEARCH.from_dict(config_to_dict(config)) == config
     path = tmp_path / "config.yaml"
     path.write_text(config_to_yaml(config))
     assert load_config(path) == config
     assert parse_search_arguments(["--config", str(path)]) == config
 
 
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", SEARCH.names())
 def test_built_in_files_name_every_key(name: str) -> None:
     values = yaml.safe_load((CONFIG_FOLDER / f"{name}.yaml").read_text())
     default = config_to_dict(SearchConfig())
@@ -169,7 +166,7 @@ def test_bad_files(text: str, parts: list[str], tmp_path: Path) -> None:
 def test_a_folder_of_the_same_name_does_not_hide_a_built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "quickstart").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert config_path("quickstart") == CONFIG_FOLDER / "quickstart.yaml"
+    assert SEARCH.path("quickstart") == CONFIG_FOLDER / "quickstart.yaml"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from search_cases import command, tiny_config, tiny_file
 from tfnas.bilevel import SearchFailed
 from tfnas.cli import main
 from tfnas.config import ConfigError, SearchConfig
-from tfnas.config_io import config_from_dict, load_config
+from tfnas.config_io import SEARCH, load_config
 from tfnas.data import DataError, DataOptions
 from tfnas.pipeline import make_supernet
 from tfnas.schedule import temperature
@@ -46,7 +46,7 @@ SHORT = {"epochs": 1, "warmup_epochs": 0, "steps_per_epoch": 2}
 )
 def test_values_that_end_a_search_late_are_refused_first(group: str, key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=key):
-        config_from_dict({group: {key: value}} if group else {key: value})
+        SEARCH.from_dict({group: {key: value}} if group else {key: value})
 
 
 def test_padding_of_data_options() -> None:

@@ -18,6 +18,7 @@ from tfnas_ext import _native
 from tfnas_ext._native import BuildInfo
 
 BACKENDS = ("cuda", "cpu", "reference")
+KERNEL_SIZES = (3, 5, 7)  # of the depthwise convolutions that compiled kernels know
 CPU_CAPABILITIES = ("generic", "avx2", "avx512", "avx512_bf16")
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfnas_ext.backends import missing_cuda_code
+from tfnas_ext.backends import KERNEL_SIZES, missing_cuda_code
 from tfnas_ext.engine_checks import check_choices_shape, check_inputs, check_widths
 from tfnas_ext.engine_spec import BodySpec
 from tfnas_ext.packed import PackedLayer
@@ -316,7 +316,7 @@ def shape_refusal(spec: BodySpec) -> str | None:
     for index, layer in enumerate(spec.layers):
         if len(layer.candidates) > 16:
             return f"layer {index} has {len(layer.candidates)} candidates, the CUDA kernels take up to 16"
-        sizes = {candidate.kernel_size for candidate in layer.candidates} - {3, 5, 7}
+        sizes = {candidate.kernel_size for candidate in layer.candidates} - set(KERNEL_SIZES)
         if sizes:
             return f"layer {index} has kernel sizes {sorted(sizes)}, the CUDA kernels know 3, 5 and 7"
         if layer.in_channels > 320:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from tfnas_ext import _native
-from tfnas_ext.backends import choose_backend
+from tfnas_ext.backends import KERNEL_SIZES, choose_backend
 from tfnas_ext.engine_checks import check_inputs, check_widths, read_choices
 from tfnas_ext.engine_spec import BodySpec
 from tfnas_ext.packed import PackedLayer
 
-KERNEL_SIZES = (3, 5, 7)
 MAX_CANDIDATES = 32
 
 

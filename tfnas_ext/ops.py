@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tfnas_ext import reference
-from tfnas_ext.backends import choose_backend
+from tfnas_ext.backends import KERNEL_SIZES, choose_backend
 from tfnas_ext.operators import working_dtype
 from tfnas_ext.reference import BatchStatistics, Norm, SqueezeExcite
 
@@ -150,7 +150,7 @@ def _runs_native(x: Tensor, weights: Sequence[Tensor | None], backend: str | Non
         return False
     conv_dw = weights[1]
     assert conv_dw is not None
-    fits = possible and working_dtype(x) in NATIVE_DTYPES and conv_dw.dim() == 4 and conv_dw.shape[-1] in (3, 5, 7)
+    fits = possible and working_dtype(x) in NATIVE_DTYPES and conv_dw.dim() == 4 and conv_dw.shape[-1] in KERNEL_SIZES
     fits = fits and not is_transformed([x, *weights])
     if backend is not None and not fits:
         raise ValueError(

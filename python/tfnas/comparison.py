@@ -13,16 +13,15 @@ from rich.table import Table
 
 from tfnas.architecture import load_architecture
 from tfnas.callbacks import Record
-from tfnas.config_io import SEARCH
+from tfnas.config_io import CONFIG_FILE, SEARCH
 from tfnas.files import write_text_atomically
 from tfnas.pictures import new_figure, save_figure
-from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE, METRICS_FILE, read_metrics
+from tfnas.run import ARCHITECTURE_FILE, METRICS_FILE, TRAINING_FOLDER, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COMPARISON_STEM = "comparison"
-_TRAINING_FOLDER = "training"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def _row(folder: Path, end: Record) -> TargetRow:
         parameters=end["parameters"],
         depths=[len(ops) for ops in arch.stages],
         inherited_accuracy=end.get("inherited_accuracy"),
-        trained_accuracy=_trained_accuracy(folder / _TRAINING_FOLDER / METRICS_FILE),
+        trained_accuracy=_trained_accuracy(folder / TRAINING_FOLDER / METRICS_FILE),
         repaired=facts["repaired"],
         met=(1 - config.tolerance) * target <= latency <= target,
     )

@@ -21,6 +21,7 @@ from tfnas.strict_yaml import read_yaml
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "quickstart"
+CONFIG_FILE = "config.yaml"  # of a run's folder
 
 C = TypeVar("C")
 
@@ -173,15 +174,12 @@ class ConfigKind(Generic[C]):
 
 
 SEARCH = ConfigKind(SearchConfig, "tfnas search", "Search a network that meets a latency target.", CONFIG_FOLDER)
-config_names = SEARCH.names
-config_path = SEARCH.path
 parse_search_arguments = SEARCH.parse
 load_config = SEARCH.load
-config_from_dict = SEARCH.from_dict
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values, complete: `config_from_dict(config_to_dict(c)) == c`."""
+    """Nested plain values, complete: `SEARCH.from_dict(config_to_dict(c)) == c`."""
     values: dict[str, Any] = _with_lists(dataclasses.asdict(config))
     return values
 
@@ -219,7 +217,7 @@ def _stored_config(arguments: list[str]) -> Path | None:
     options = dict(_options(arguments))
     if options.get("resume") not in ("true", "True", "yes") or not options.get("output"):
         return None
-    path = Path(options["output"]) / "config.yaml"
+    path = Path(options["output"]) / CONFIG_FILE
     return path if path.is_file() else None
 
 

@@ -15,18 +15,18 @@ from typing import IO, Any, Protocol
 
 from tfnas.checkpoint import has_checkpoint
 from tfnas.config import ConfigError
-from tfnas.config_io import SEARCH, ConfigKind, config_to_dict, config_to_yaml
+from tfnas.config_io import CONFIG_FILE, SEARCH, ConfigKind, config_to_dict, config_to_yaml
 from tfnas.fields import describe
 from tfnas.files import remove_unfinished, write_text_atomically
 from tfnas.locks import hold
 
-CONFIG_FILE = "config.yaml"
 TABLE_FILE = "lut.json"
 PARTIAL_TABLE_FILE = "lut.partial.json"
 METRICS_FILE = "metrics.jsonl"
 ARCHITECTURE_FILE = "architecture.json"
 LOCK_FILE = ".lock"
 WARM_UP_FOLDER = "warm-up"
+TRAINING_FOLDER = "training"
 # What a resumed run may change without becoming another run.
 FREE_KEYS = ("output", "resume", "tensorboard", "dataset.workers", "checkpoint.every_steps", "checkpoint.every_s")
 

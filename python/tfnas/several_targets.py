@@ -22,13 +22,13 @@ from tfnas.callbacks import Callback, Reporter
 from tfnas.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from tfnas.comparison import TargetRow, read_row, save_comparison
 from tfnas.config import ConfigError, SearchConfig
-from tfnas.config_io import SEARCH, config_to_yaml
+from tfnas.config_io import CONFIG_FILE, SEARCH, config_to_yaml
 from tfnas.files import write_text_atomically
 from tfnas.interrupt import SearchInterrupted
 from tfnas.pipeline import choose_device, search, warm_up
 from tfnas.processes import Processes, open_processes
 from tfnas.progress import default_progress
-from tfnas.run import CONFIG_FILE, METRICS_FILE, TABLE_FILE, WARM_UP_FOLDER, MetricsFile
+from tfnas.run import METRICS_FILE, TABLE_FILE, WARM_UP_FOLDER, MetricsFile
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 
 from tfnas.architecture import Architecture, load_architecture
 from tfnas.config import ConfigError, DatasetConfig
+from tfnas.config_io import CONFIG_FILE
 from tfnas.data import DataBundle
 from tfnas.fields import describe
-from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE, TABLE_FILE, targets_hint
+from tfnas.run import ARCHITECTURE_FILE, TABLE_FILE, TRAINING_FOLDER, targets_hint
 from tfnas.train_config import TRAIN, TrainConfig
 
-TRAINING_FOLDER = "training"
 NAMED_WEIGHTS = ("best", "last")
 IMAGES_FACTS = ("classes", "mean", "std")
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tfnas_ext.adapters.activations import activation_name, gate_name
-
-KERNEL_SIZES = (3, 5, 7)
+from tfnas_ext.backends import KERNEL_SIZES
 
 
 class NotAccelerated(Exception):

@@ -7,10 +7,9 @@ from typing import Any
 
 from tfnas.cli.codes import OK
 from tfnas.config import ConfigError
-from tfnas.config_io import SEARCH, config_to_dict
-from tfnas.run import ARCHITECTURE_FILE, CONFIG_FILE, targets_hint
+from tfnas.config_io import CONFIG_FILE, SEARCH, config_to_dict
+from tfnas.run import ARCHITECTURE_FILE, TRAINING_FOLDER, targets_hint
 from tfnas.train_config import TRAIN, TrainConfig
-from tfnas.trained import TRAINING_FOLDER
 
 _HELP = """
   --run DIR             train what the search in DIR found: its architecture and its images, into DIR/training

@@ -10,8 +10,7 @@ from tfnas.files import shown, write_text_atomically
 from tfnas.latency.lut import LatencyTableError
 from tfnas.report import sections
 from tfnas.report.run_data import RunData, read_run
-from tfnas.run import METRICS_FILE
-from tfnas.trained import TRAINING_FOLDER
+from tfnas.run import METRICS_FILE, TRAINING_FOLDER
 
 REPORT_FILE = "report.html"
 _SECTIONS = (
