@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .fields import Fields, describe, suggestion
-from .files import read_json, write_text_atomically
-from .space import Layer, OpKey, Space
-from .space_io import load_space, space_from_dict, space_to_dict
+from tfnas.fields import Fields, describe, suggestion
+from tfnas.files import read_json, write_text_atomically
+from tfnas.space import Layer, OpKey, Space
+from tfnas.space_io import load_space, space_from_dict, space_to_dict
 
 SCHEMA_VERSION = 1
 BUILTIN_ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
@@ -159,7 +159,7 @@ def load_architecture(path_or_name: str | os.PathLike[str]) -> tuple[Architectur
     try:
         data = read_json(path)
         if isinstance(data, dict) and "first_stem" in data:
-            from .published_config import from_published_config  # which needs this module
+            from tfnas.published_config import from_published_config  # which needs this module
 
             return from_published_config(data), {}
         top = Fields(data, "", required=("schema_version", "space", "stages"), optional=FACTS)

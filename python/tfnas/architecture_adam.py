@@ -14,8 +14,7 @@ _EPS = 1e-8
 class ArchitectureAdam:
     """Adam as PyTorch's (`weight_decay` an L2 penalty) on `log_alpha` and `log_beta`, which stay log-probabilities.
 
-    Its state lies in tensors that are never replaced, so a
-    captured step goes on from wherever they are.
+    Its state lies in tensors that are never replaced, so a captured step goes on from wherever they are.
 
     Args:
         parameters: `log_alpha` and `log_beta` ([rows, columns], contiguous), changed in place.

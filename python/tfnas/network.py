@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .architecture import Architecture, Op
-from .space import Layer, Space
+from tfnas.architecture import Architecture, Op
+from tfnas.space import Layer, Space
 
 BATCH_NORM_EPS = 1e-5
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .fields import describe, suggestion
-from .space import ACTIVATIONS, KERNEL_SIZES, STRIDES, OpKey
+from tfnas.fields import describe, suggestion
+from tfnas.space import ACTIVATIONS, KERNEL_SIZES, STRIDES, OpKey
 
 ACT_TO_PUBLISHED = {act: act for act in ACTIVATIONS} | {"hard_swish": "h-swish"}
 ACT_FROM_PUBLISHED = {name: act for act, name in ACT_TO_PUBLISHED.items()}

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .architecture import Architecture, Op
-from .fields import Fields, describe
-from .files import read_json, write_text_atomically
-from .published import ACT_FROM_PUBLISHED, ACT_TO_PUBLISHED
-from .space import KERNEL_SIZES, STRIDES, Layer, Space, Stage
-from .space_io import MAX_SIZE, TABLE_1, load_space
+from tfnas.architecture import Architecture, Op
+from tfnas.fields import Fields, describe
+from tfnas.files import read_json, write_text_atomically
+from tfnas.published import ACT_FROM_PUBLISHED, ACT_TO_PUBLISHED
+from tfnas.space import KERNEL_SIZES, STRIDES, Layer, Space, Stage
+from tfnas.space_io import MAX_SIZE, TABLE_1, load_space
 
 _CONV_CONSTANTS = {
     "groups": 1,

@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from .fields import Fields, describe, suggestion
-from .files import write_text_atomically
-from .space import ACTIVATIONS, DEPTH_SPACES, KERNEL_SIZES, STRIDES, Candidate, Space, Stage
-from .strict_yaml import read_yaml
+from tfnas.fields import Fields, describe, suggestion
+from tfnas.files import write_text_atomically
+from tfnas.space import ACTIVATIONS, DEPTH_SPACES, KERNEL_SIZES, STRIDES, Candidate, Space, Stage
+from tfnas.strict_yaml import read_yaml
 
 BUILTIN_SPACES = Path(__file__).parent / "configs" / "spaces"
 TABLE_1 = "imagenet"

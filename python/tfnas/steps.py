@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tfnas.architecture_adam import ArchitectureAdam
+from tfnas.processes import ALONE, Processes
+from tfnas.supernet import Supernet
 from tfnas_ext.losses import cross_entropy
-
-from .architecture_adam import ArchitectureAdam
-from .processes import ALONE, Processes
-from .supernet import Supernet
 
 
 class WeightStep(NamedTuple):

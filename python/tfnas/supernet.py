@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tfnas.architecture import Architecture
+from tfnas.architecture_adam import ArchitectureAdam
+from tfnas.network import BATCH_NORM_EPS, build_head, build_stem
+from tfnas.space import Layer, Space
 from tfnas_ext.engine import SupernetEngine, make_engine, run_mixture, run_paths
 from tfnas_ext.engine_spec import BodySpec, CandidateSpec, LayerSpec
 from tfnas_ext.fixed_layer import FixedLayer
 from tfnas_ext.packed import PackedLayer, copy_named, named_conv_views
-
-from .architecture import Architecture
-from .architecture_adam import ArchitectureAdam
-from .network import BATCH_NORM_EPS, build_head, build_stem
-from .space import Layer, Space
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 

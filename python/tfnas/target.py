@@ -18,8 +18,7 @@ from tfnas.latency.engine import Conditions, EngineUnavailable, require_device
 from tfnas.latency.header import device_name, device_uuid, tf32_use
 from tfnas.latency.lut import LatencyTable, LatencyTableError
 from tfnas.latency.lut_io import load_table, save_table
-from tfnas.latency.measure import conditions_of as table_conditions
-from tfnas.latency.measure import measure_network_ms
+from tfnas.latency.measure import conditions_of, measure_network_ms
 from tfnas.latency.profile import ProfileOptions, Progress, build_table
 from tfnas.run import PARTIAL_TABLE_FILE
 from tfnas.scaling import reachable_range_ms
@@ -81,9 +80,9 @@ def obtain_table(
     elif config.lut is not None:
         table = load_table(config.lut)
         if config.lut_conditions == "require":
-            require_own_conditions(table, space, conditions_of(config.profile, device))
+            require_own_conditions(table, space, profile_conditions(config.profile, device))
     else:
-        conditions = conditions_of(config.profile, device)
+        conditions = profile_conditions(config.profile, device)
         if config.target_latency_ms is not None:
             check_rough_range(space, conditions, as_list(config.target_latency_ms))
         table = measure_table(space, config.profile, conditions, file, config.seed, say)
@@ -137,8 +136,8 @@ def measure_table(
     return table
 
 
-def conditions_of(profile: ProfileConfig, device: torch.device) -> Conditions:
-    """Under what latencies are measured."""
+def profile_conditions(profile: ProfileConfig, device: torch.device) -> Conditions:
+    """Under what a configuration wants latencies to be measured."""
     return Conditions(
         device=str(device),
         engine=profile.engine,
@@ -199,7 +198,7 @@ def measured_latency_ms(arch: Architecture, table: LatencyTable) -> tuple[float 
     if not header.get("device_uuid"):
         return None, "the latency table does not say which device it was measured on"
     try:
-        conditions = table_conditions(header)
+        conditions = conditions_of(header)
         require_device(conditions.device)
         if header["device_uuid"] != device_uuid(conditions.device):
             return None, f"the latency table was measured on another device ({header.get('device')})"

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .architecture import Architecture
-from .network import DropConnect, Network
-from .space import Layer
+from tfnas.architecture import Architecture
+from tfnas.network import DropConnect, Network
+from tfnas.space import Layer
 
 if TYPE_CHECKING:
     from timm.models.efficientnet import EfficientNet

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from tfnas.architecture import Architecture, Op
+from tfnas.latency.lut import FloatArray
 from tfnas.space import Space
-
-FloatArray = npt.NDArray[np.float64]
-
 
 # Second words of the seeds of `random_architectures`: the networks a table is fitted on, those it is checked on, and
 # those that tell the machine's speed.

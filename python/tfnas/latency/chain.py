@@ -19,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tfnas.latency.lut import FloatArray, IntArray
 from tfnas_ext.timing import CpuTimer, smoothed_drift
 from tfnas_ext.timing_host import flush_cache
 
-FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 Section = Callable[[torch.Tensor], torch.Tensor]
 Sections = Sequence[Section]
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from tfnas.architecture import Architecture
-from tfnas.latency.additivity import FITTING, FloatArray, additivity_report, fit_correction, random_architectures
+from tfnas.latency.additivity import FITTING, additivity_report, fit_correction, random_architectures
 from tfnas.latency.chain import ChainTimer
 from tfnas.latency.chain_cuda import CudaChainTimer
 from tfnas.latency.chain_profiler import NETWORK_RULE, ChainProfiler
@@ -28,7 +28,7 @@ from tfnas.latency.conditions import make_profiler, mode_of, prepared_process
 from tfnas.latency.engine import Conditions, Engine
 from tfnas.latency.header import describe_conditions, device_uuid, engine_version, tf32_use
 from tfnas.latency.knots import KnotPlacement, searchable_ranges
-from tfnas.latency.lut import LatencyTable
+from tfnas.latency.lut import FloatArray, LatencyTable
 from tfnas.latency.measurements import Measurements
 from tfnas.space import Space
 from tfnas.space_io import space_to_dict

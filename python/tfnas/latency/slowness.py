@@ -8,10 +8,8 @@ in logarithms. A reference pass beside the timed one tells less: it comes later,
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from tfnas.latency.lut import FloatArray, IntArray
 
 # Residuals beyond this many standard deviations pull no harder than those at it (95 % efficient for normal noise).
 _HUBER = 1.345
