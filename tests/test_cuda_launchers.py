@@ -8,7 +8,7 @@ import pytest
 import torch
 from emulated_engine import emulated
 from engine_case import Case, close, small_body
-from tfnas.network import build_stem
+from tfnas.network import Stem
 from tfnas.space import Space
 from torch import Tensor
 
@@ -27,7 +27,7 @@ def test_fixed_block_equals_its_modules(emulated: str, channels: int, out: int, 
     values = {"stem_channels": channels, "fixed_channels": out, "fixed_se_channels": se, "stem_act": act}
     for name, value in (values | {"image_channels": 3, "stem_stride": 1}).items():
         object.__setattr__(space, name, value)
-    block = build_stem(space, affine=False, running_stats=False).double().block
+    block = Stem(space, affine=False, running_stats=False).double().block
     weights = list(block.parameters())
     with torch.no_grad():
         for weight in weights:

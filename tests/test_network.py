@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from random_spaces import random_architecture, random_space
 from tfnas.architecture import Architecture, Op, count_multiply_adds, count_parameters, load_architecture
-from tfnas.network import MBInvRes, Network, build_block, build_head, build_network, build_stem
+from tfnas.network import Head, MBInvRes, Network, Stem, build_block, build_network
 from tfnas.space import ACTIVATIONS
 from tfnas.space_io import load_space
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ def test_pieces_make_the_whole_and_half_sizes_run() -> None:
     net = build_network(arch).eval()
     for size in (64, 97):
         x = torch.randn(1, 3, size, size)
-        y = build_stem(arch.space).eval()
+        y = Stem(arch.space).eval()
         y.load_state_dict(net.stem.state_dict())
         z = y(x)
         for layer, op in arch.layers():
@@ -129,7 +129,7 @@ def test_pieces_make_the_whole_and_half_sizes_run() -> None:
             block.load_state_dict(net.stages[layer.stage][layer.position].state_dict())
             assert z.shape[1] == layer.in_channels
             z = block(z)
-        head = build_head(arch.space).eval()
+        head = Head(arch.space).eval()
         head.load_state_dict(net.head.state_dict())
         assert torch.equal(head(z), net(x))
 

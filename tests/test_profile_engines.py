@@ -15,7 +15,7 @@ from tfnas.latency.engine import Conditions, EngineUnavailable
 from tfnas.latency.engine_fused import FusedEngine
 from tfnas.latency.engine_onnxruntime import BoundSession, OnnxGraph, OnnxruntimeEngine
 from tfnas.latency.engine_torch import TorchEngine, make_block
-from tfnas.network import build_head, build_network, build_stem
+from tfnas.network import Head, Stem, build_network
 from tfnas.space_io import load_space
 
 from tfnas_ext.backends import choose_backend
@@ -66,8 +66,8 @@ def test_onnx_graphs_compute_the_modules(act: str) -> None:
     torch.manual_seed(0)
     space = load_space("small", {"head_act": act, "stem_act": act})
     x = torch.randn(2, 1, 28, 28)
-    assert onnx_error(build_stem(space), x) < 1e-5
-    assert onnx_error(build_head(space), torch.randn(2, 160, 7, 7)) < 1e-5
+    assert onnx_error(Stem(space), x) < 1e-5
+    assert onnx_error(Head(space), torch.randn(2, 160, 7, 7)) < 1e-5
     for layer in (space.layers[0], space.layers[1]):
         for candidate in (0, 3):
             key = layer.key(candidate)

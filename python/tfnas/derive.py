@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -93,15 +93,7 @@ def derive_within_target(
             f"{target_latency_ms:g} ms; the space reaches {low_ms:.4f} to {high_ms:.4f} ms by the latency table"
         )
     found = _fitted(space, choice, widths, table, target_latency_ms, tolerance)
-    return Derivation(
-        found.architecture,
-        found.lut_latency_ms,
-        found.kept,
-        found.scaling,
-        repaired=True,
-        unrepaired=seed.architecture,
-        unrepaired_latency_ms=seed.lut_latency_ms,
-    )
+    return replace(found, repaired=True, unrepaired=seed.architecture, unrepaired_latency_ms=seed.lut_latency_ms)
 
 
 def _fitted(

@@ -1,4 +1,4 @@
-"""Derived networks in plain PyTorch, whole (`build_network`) or in pieces (`build_stem`, `build_block`, `build_head`).
+"""Derived networks in plain PyTorch, whole (`build_network`) or in pieces (`Stem`, `build_block`, `Head`).
 
 Blocks are named as timm's: `conv_pw bn1 conv_dw bn2 se.conv_reduce se.conv_expand conv_pwl bn3`. Nothing depends on the
 image size, and every module works on contiguous and channels_last activations alike (`model.to(memory_format=...)`).
@@ -112,7 +112,7 @@ class MBInvRes(nn.Module):
 
 
 class Stem(nn.Module):
-    """Stages 1 and 2 of Table 1: 3x3 convolution, then the fixed MBInvRes without expansion."""
+    """Stages 1 and 2 of Table 1: 3x3 convolution, then the fixed MBInvRes without expansion (rate `drop_connect`)."""
 
     def __init__(
         self, space: Space, *, affine: bool = True, running_stats: bool = True, drop_connect: float = 0.0
@@ -176,11 +176,6 @@ class Network(nn.Module):
         yield from (module for module in self.stages.modules() if isinstance(module, MBInvRes))
 
 
-def build_stem(space: Space, *, affine: bool = True, running_stats: bool = True, drop_connect: float = 0.0) -> Stem:
-    """Everything before the searchable layers; `drop_connect` is the rate of the fixed block."""
-    return Stem(space, affine=affine, running_stats=running_stats, drop_connect=drop_connect)
-
-
 def build_block(
     layer: Layer, op: Op, *, affine: bool = True, running_stats: bool = True, drop_connect: float = 0.0
 ) -> MBInvRes:
@@ -197,11 +192,6 @@ def build_block(
         running_stats=running_stats,
         drop_connect=drop_connect,
     )
-
-
-def build_head(space: Space, *, affine: bool = True, running_stats: bool = True, dropout: float = 0.0) -> Head:
-    """Everything after the searchable layers."""
-    return Head(space, affine=affine, running_stats=running_stats, dropout=dropout)
 
 
 def build_network(
@@ -225,7 +215,7 @@ def build_network(
     _rate("drop_connect", drop_connect)
     depth = 1 + sum(len(ops) for ops in arch.stages)
     stages: list[list[nn.Module]] = [[] for _ in arch.stages]
-    stem = build_stem(arch.space, affine=affine, running_stats=running_stats, drop_connect=drop_connect / depth)
+    stem = Stem(arch.space, affine=affine, running_stats=running_stats, drop_connect=drop_connect / depth)
     for i, (layer, op) in enumerate(arch.layers(), start=2):
         block = build_block(
             layer,
@@ -235,7 +225,7 @@ def build_network(
             drop_connect=drop_connect * i / depth,
         )
         stages[layer.stage].append(block)
-    head = build_head(arch.space, affine=affine, running_stats=running_stats, dropout=dropout)
+    head = Head(arch.space, affine=affine, running_stats=running_stats, dropout=dropout)
     return Network(arch, stem, nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages)), head)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -146,9 +146,7 @@ def candidate_range_ms(layer: Layer, table: LatencyTable) -> list[tuple[float, f
 def with_widths(arch: Architecture, widths: Sequence[int]) -> Architecture:
     """The same operations and depths with one new width for each kept layer, in network order."""
     remaining = iter(widths)
-    stages = tuple(
-        tuple(Op(op.candidate, op.kernel_size, next(remaining), op.se_channels) for op in ops) for ops in arch.stages
-    )
+    stages = tuple(tuple(replace(op, width=next(remaining)) for op in ops) for ops in arch.stages)
     return Architecture(arch.space, stages)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tfnas.architecture import Architecture
 from tfnas.architecture_adam import ArchitectureAdam
-from tfnas.network import BATCH_NORM_EPS, build_head, build_stem
+from tfnas.network import BATCH_NORM_EPS, Head, Stem
 from tfnas.space import Layer, Space
 from tfnas_ext.engine import SupernetEngine, make_engine, run_mixture, run_paths
 from tfnas_ext.engine_spec import BodySpec, CandidateSpec, LayerSpec
@@ -90,12 +90,12 @@ class Supernet(nn.Module):
         self.dtype = dtype
         self.weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._body_spec = body_spec(space)
-        self.stem = build_stem(space, affine=False, running_stats=False)
+        self.stem = Stem(space, affine=False, running_stats=False)
         self.stages = nn.ModuleList(
             nn.ModuleList(PackedLayer(spec, dtype=self.weight_dtype) for spec in stage)
             for stage in self._body_spec.stages
         )
-        self.head = build_head(space, affine=False, running_stats=False)
+        self.head = Head(space, affine=False, running_stats=False)
         for module in (self.stem, self.head):
             module.to(self.weight_dtype).to(memory_format=torch.channels_last)
         for name, mask in (("alpha", _alpha_mask(space)), ("beta", _beta_mask(space))):

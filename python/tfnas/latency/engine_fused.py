@@ -10,7 +10,7 @@ from torch import nn
 from tfnas.latency.chain import Section
 from tfnas.latency.engine import Conditions, EngineUnavailable, require_own
 from tfnas.latency.engine_torch import TorchEngine
-from tfnas.network import build_stem
+from tfnas.network import Stem
 from tfnas.space import OpKey, Space
 from tfnas_ext import nn as fused
 from tfnas_ext.backends import BackendUnavailableError, choose_backend
@@ -44,7 +44,7 @@ class FusedEngine(TorchEngine):
         space = self.space
 
         def make() -> nn.Module:
-            stem = build_stem(space)
+            stem = Stem(space)
             block = fused.MBInvRes(
                 space.stem_channels,
                 None,

@@ -11,7 +11,7 @@ from torch import nn
 
 from tfnas.latency.chain import Section
 from tfnas.latency.engine import DTYPES, Conditions
-from tfnas.network import MBInvRes, build_head, build_network, build_stem
+from tfnas.network import Head, MBInvRes, Stem, build_network
 from tfnas.space import OpKey, Space
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ class TorchEngine:
         return x.to(conditions.device, DTYPES[conditions.dtype], memory_format=self._memory_format)
 
     def stem(self) -> Section:
-        return self._section(lambda: build_stem(self.space))
+        return self._section(lambda: Stem(self.space))
 
     def head(self) -> Section:
-        return self._section(lambda: build_head(self.space))
+        return self._section(lambda: Head(self.space))
 
     def block(self, key: OpKey, width: int) -> Section:
         return self._section(lambda: make_block(key, width))

@@ -52,8 +52,8 @@ class ProfileOptions:
     "slope" (marginal cost in a chain of copies); "auto" takes chain on a CPU, slope on a GPU.
 
     `budget_s` bounds the whole build (a resumed one: what is left of it); every curve gets both its ends whatever the
-    budget. `tolerance` is the interpolation error that makes a curve's interval be split, `half_width`
-    the precision of each median (95 %), `noise_limit` the median precision above which the machine counts as noisy.
+    budget. `tolerance` is the interpolation error that makes a curve's interval be split, `half_width` the precision of
+    each median (95 %), `noise_limit` the median precision above which the machine counts as noisy.
     """
 
     conditions: Conditions = field(default_factory=Conditions)
