@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from tfnas.architecture import Architecture, load_architecture
+from tfnas.callbacks import Record
 from tfnas.config import ConfigError
 from tfnas.config_io import CONFIG_FILE
 from tfnas.latency.lut import FloatArray, LatencyTable
 from tfnas.latency.lut_io import load_table
 from tfnas.run import ARCHITECTURE_FILE, METRICS_FILE, TABLE_FILE, TRAINING_FOLDER, read_metrics, targets_hint
 from tfnas.space import Space
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
