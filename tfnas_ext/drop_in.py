@@ -64,7 +64,7 @@ def accelerate(model: nn.Module, *, dtype: torch.dtype | None = None, strict: bo
         original = original_class(block)
         kind = f"{original.__module__.split('.')[0]}.{getattr(block, 'original_name', original.__name__)}"
         try:
-            backend = _examine(name, block, original, dtype, owners)
+            backend = _examine(block, original, dtype, owners)
         except NotAccelerated as reason:
             left.append(LeftBlock(name, kind, str(reason)))
         else:
@@ -111,7 +111,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _examine(
-    name: str, block: nn.Module, original: type[nn.Module], dtype: torch.dtype | None, owners: dict[int, list[str]]
+    block: nn.Module, original: type[nn.Module], dtype: torch.dtype | None, owners: dict[int, list[str]]
 ) -> str:
     """The backend that will run the block; raises `NotAccelerated` with the reason if none will."""
     for inner in block.modules():

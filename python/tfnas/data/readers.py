@@ -29,13 +29,9 @@ class Readers:
 
 def make_readers(part: Labelled, options: DataOptions, seed: int, device: torch.device) -> Readers:
     """Raises `DataError` where the images cannot be delivered in one square size."""
-    if isinstance(part.images, FileImages):
-        return (
-            _resident(part.images, options, seed, device)
-            if options.resident
-            else _files(part.images, options, seed, device)
-        )
-    return _tensors(part.images, options, seed, device)
+    if not isinstance(part.images, FileImages):
+        return _tensors(part.images, options, seed)
+    return (_resident if options.resident else _files)(part.images, options, seed, device)
 
 
 def _shorter_side(resolution: int) -> int:
@@ -46,7 +42,7 @@ def _shorter_side(resolution: int) -> int:
     return resolution + 4 * round(resolution / 28)
 
 
-def _tensors(images: TensorImages, options: DataOptions, seed: int, device: torch.device) -> Readers:
+def _tensors(images: TensorImages, options: DataOptions, seed: int) -> Readers:
     channels, height, width = images.shape
     if options.resolution is None and height != width:
         raise DataError(
@@ -62,11 +58,16 @@ def _tensors(images: TensorImages, options: DataOptions, seed: int, device: torc
 
 
 def _files(images: FileImages, options: DataOptions, seed: int, device: torch.device) -> Readers:
-    channels = options.image_channels or _FILE_CHANNELS
     training, evaluation = _file_transforms(options)
-    reader = FileReader(images, channels, evaluation, seed, options.workers, device)
-    shape = (channels, evaluation.resolution, evaluation.resolution)
+    reader = _file_reader(images, evaluation, options, seed, device)
+    shape = (reader.channels, evaluation.resolution, evaluation.resolution)
     return Readers(replace(reader, transform=training), reader, shape)
+
+
+def _file_reader(
+    images: FileImages, transform: FileTransform, options: DataOptions, seed: int, device: torch.device
+) -> FileReader:
+    return FileReader(images, options.image_channels or _FILE_CHANNELS, transform, seed, options.workers, device)
 
 
 def _file_transforms(options: DataOptions) -> tuple[FileTransform, FileTransform]:
@@ -79,15 +80,14 @@ def _file_transforms(options: DataOptions) -> tuple[FileTransform, FileTransform
 
 
 def _resident(images: FileImages, options: DataOptions, seed: int, device: torch.device) -> Readers:
-    files = _files(images, options, seed, device)
     training, evaluation = _file_transforms(options)
     margin = training.crop == "resized"
     # Random crops are taken from the whole margin of 256, evaluation's from its middle.
     stored = replace(evaluation, resolution=evaluation.shorter_side) if margin else evaluation
-    assert isinstance(files.evaluation, FileReader)
-    pixels = decode_all(replace(files.evaluation, transform=stored))
+    pixels = decode_all(_file_reader(images, stored, options, seed, device))
     augmentation = TensorAugmentation(
         training.crop, training.padding, training.flip, training.color_jitter, training.resolution
     )
     reader = TensorReader(pixels, training.resolution, seed, crop_evaluation=margin)
-    return Readers(replace(reader, augmentation=augmentation), reader, files.image_shape)
+    shape = (pixels.shape[0], evaluation.resolution, evaluation.resolution)
+    return Readers(replace(reader, augmentation=augmentation), reader, shape)
