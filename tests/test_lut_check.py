@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from profile_fakes import FakeEngine, Machine, smooth_ms
 from scripted_device import DeviceEngine, StrictDevice
 from tfnas.cli import lut_build, main
 from tfnas.cli.codes import FAILED, NOISY, OK
+from tfnas.config_io import load_config
 from tfnas.latency.additivity import CHECKING, FITTING, random_architectures
 from tfnas.latency.chain_cuda import CudaChainTimer
 from tfnas.latency.check import CheckResult, check_table
-from tfnas.latency.engine import EngineUnavailable
+from tfnas.latency.engine import Conditions, EngineUnavailable
 from tfnas.latency.header import engine_version
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.lut_io import load_table, save_table
@@ -153,6 +155,31 @@ def test_build_and_check_commands(scripted: Machine, tmp_path: Path, capsys: pyt
     assert result["holds"]
     assert lut_build.check(output, space="small", architectures=10) == OK
     assert "the table holds" in capsys.readouterr().out
+
+
+def test_options_of_a_build_come_before_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def asked(space: object, options: ProfileOptions, **kwargs: object) -> LatencyTable:
+        raise Asked(options.conditions)
+
+    monkeypatch.setattr(lut_build, "build_table", asked)
+    profile = load_config("quickstart").profile
+    configured = Conditions("cpu", profile.engine, profile.batch_size, profile.threads, profile.dtype, profile.layout)
+    for field in fields(Conditions):
+        changed = {
+            "device": "cuda:1",
+            "engine": "fused",
+            "batch": 3,
+            "threads": configured.threads + 1,
+            "dtype": "bfloat16",
+            "layout": "channels_last",
+        }
+        option: dict[str, Any] = {"device": "cpu", field.name: changed[field.name]}
+        with pytest.raises(Asked) as caught:
+            lut_build.build(tmp_path / "lut.json", **option)
+        assert caught.value.args == (replace(configured, **option),)
 
 
 def test_strict_commands_end_with_3(scripted: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,7 +136,7 @@ def measure_table(
     return table
 
 
-def profile_conditions(profile: ProfileConfig, device: torch.device) -> Conditions:
+def profile_conditions(profile: ProfileConfig, device: torch.device | str) -> Conditions:
     """Under what a configuration wants latencies to be measured."""
     return Conditions(
         device=str(device),

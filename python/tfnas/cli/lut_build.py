@@ -6,20 +6,21 @@ import json as json_format
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tfnas.cli.codes import NOISY, OK
 from tfnas.config import SearchConfig
 from tfnas.config_io import DEFAULT_CONFIG, load_config
 from tfnas.interrupt import RunInterrupted, StopRequest
 from tfnas.latency.check import CheckResult, check_table
-from tfnas.latency.engine import Conditions
 from tfnas.latency.lut_io import load_table, save_table
 from tfnas.latency.partial_file import own_partial
 from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, Progress, build_table, describe_half_width
 from tfnas.space import Space
 from tfnas.space_io import load_space
+from tfnas.target import profile_conditions
 
 
 def build(
@@ -62,13 +63,10 @@ def build(
     """
     settings = load_config(config)
     profile = settings.profile
-    conditions = Conditions(
-        device=_device(settings) if device is None else device,
-        engine=profile.engine if engine is None else engine,
-        batch=profile.batch_size if batch is None else batch,
-        threads=profile.threads if threads is None else threads,
-        dtype=profile.dtype if dtype is None else dtype,
-        layout=profile.layout if layout is None else layout,
+    named: dict[str, Any] = {"engine": engine, "batch": batch, "threads": threads, "dtype": dtype, "layout": layout}
+    conditions = replace(
+        profile_conditions(profile, _device(settings) if device is None else device),
+        **{name: value for name, value in named.items() if value is not None},
     )
     options = ProfileOptions(conditions, budget_s=profile.budget_s if budget_s is None else budget_s, seed=seed)
     chosen_space = _space(settings, space)
