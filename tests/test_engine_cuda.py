@@ -12,6 +12,7 @@ import pytest
 import torch
 from emulated_engine import emulated
 from engine_case import Case, close, random_body, small_body
+from precision_cases import PRECISIONS, require_precision
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 
 from tfnas_ext.engine import run_mixture, run_paths
@@ -127,6 +128,13 @@ def test_a_tape_keeps_its_choices(emulated: str) -> None:
     assert [row[:3] for row in rows] == [row[:3] for row in rows_after]
     assert all(torch.equal(a[3], b[3]) for a, b in zip(rows, rows_after, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(weights, weights_after, strict=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
+def test_what_a_gpu_is_tested_for_holds_here(emulated: str, precision: str, seed: int) -> None:
+    """So that there it fails for the device's sake."""
+    require_precision("cpu", emulated, precision, seed)
 
 
 def test_products_follow_both_settings_of_torch() -> None:

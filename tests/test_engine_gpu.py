@@ -6,97 +6,36 @@ import math
 
 import pytest
 import torch
-from engine_case import Case, random_body
+from engine_case import Case
 from naive_body import NaiveBody
+from precision_cases import PRECISIONS, engine_on, everything, require_precision, sink_case
 from step_cases import batches, make_steps, run_steps, state_of
 from tfnas.figures import Figures
 from tfnas.step_graphs import DirectRunner, GraphRunner
 from torch import Tensor
 
-from tfnas_ext.engine import make_engine, run_mixture, run_paths
-from tfnas_ext.engine_cuda import CudaEngine, shape_refusal
+from tfnas_ext.engine import SupernetEngine, run_paths
+from tfnas_ext.engine_cuda import CudaEngine
 from tfnas_ext.packed import PackedLayer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def sink_case(seed: int) -> Case:
-    import random
-
-    rng = random.Random(seed)
-    while True:
-        spec = random_body(rng)
-        if shape_refusal(spec) is None:
-            strides = sum(layer.stride == 2 for layer in spec.layers)
-            return Case(spec, "reference", seed, (4, 4 * 2**strides + 1, 5 * 2**strides))
-
-
-def on_gpu(case: Case, dtype: torch.dtype, name: str) -> tuple[object, list[PackedLayer]]:
-    weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    layers = [PackedLayer(spec, dtype=weight_dtype) for spec in case.spec.layers]
-    for layer, source in zip(layers, case.layers, strict=True):
-        layer.load_state_dict(source.state_dict())
-        layer.to("cuda")
-    engine = make_engine(name, case.spec, layers)
-    engine.set_widths(case.widths)
-    return engine, layers
-
-
-def everything(case: Case, engine: object, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs and gradients of two paths and of the mixture, in float64 on the CPU."""
-    x = case.x.detach().to("cuda", dtype).requires_grad_()
-    weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    assert case.v is not None
-    v = case.v.detach().to("cuda", weight_dtype).requires_grad_()
-    u = case.u.detach().to("cuda", weight_dtype).requires_grad_()
-    outs = run_paths(engine, x, case.choices.cuda(), v)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(1)
-    douts = [torch.randn(out.shape, dtype=torch.float64, generator=generator).to("cuda", dtype) for out in outs]
-    results = [*outs, torch.autograd.grad(outs, x, douts)[0]]
-    results += [grad for *_, grad in engine.read_gradients()]  # type: ignore[attr-defined]
-    mixed = run_mixture(engine, x, u, v)  # type: ignore[arg-type]
-    results += [mixed, *torch.autograd.grad(mixed, [x, u, v], douts[0])]
-    return [result.detach().double().cpu() for result in results]
-
-
-def error(got: list[Tensor], want: list[Tensor]) -> list[float]:
-    return [((a - b).abs().max() / b.abs().max().clamp(min=1e-2)).item() for a, b in zip(got, want, strict=True)]
+def on_gpu(case: Case, dtype: torch.dtype, name: str) -> tuple[SupernetEngine, list[PackedLayer]]:
+    return engine_on("cuda", case, dtype, name)
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [
-        (torch.float64, "highest"),
-        (torch.float32, "highest"),
-        (torch.float32, "high"),
-        (torch.bfloat16, "high"),
-    ],
-    ids=["fp64", "fp32", "tf32", "bf16"],
-)
-def test_against_plain_pytorch(dtype: torch.dtype, precision: str, seed: int) -> None:
-    """Error against float64 at most twice that of plain PyTorch at the same precision, plus a floor."""
-    case = sink_case(seed)
-    want = everything(case, on_gpu(case, torch.float64, "reference")[0], torch.float64)
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cudnn.allow_tf32 = precision != "highest"
-    try:
-        ours = error(everything(case, on_gpu(case, dtype, "cuda")[0], dtype), want)
-        plain = error(everything(case, on_gpu(case, dtype, "reference")[0], dtype), want)
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-    floor = {torch.float64: 1e-9, torch.float32: 1e-5 if precision == "highest" else 4e-3, torch.bfloat16: 4e-2}[dtype]
-    for index, (a, b) in enumerate(zip(ours, plain, strict=True)):
-        assert a <= 2 * b + floor, f"result {index}: {a:.2e} against {b:.2e} of plain PyTorch"
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_against_plain_pytorch(precision: str, seed: int) -> None:
+    require_precision("cuda", "cuda", precision, seed)
 
 
 def test_same_bits_twice() -> None:
     case = sink_case(3)
     engine, _ = on_gpu(case, torch.float32, "cuda")
-    first, second = (everything(case, engine, torch.float32) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    first, second = (everything("cuda", case, engine, torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_captured_step_replays_any_choice() -> None:
@@ -203,7 +142,7 @@ def test_naive_body_agrees_on_the_gpu() -> None:
     naive.load_prefixes(case.state())
     engine, _ = on_gpu(case, torch.float64, "cuda")
     assert case.v is not None
-    outs = run_paths(engine, case.x.detach().cuda(), case.choices.cuda(), case.v.cuda())  # type: ignore[arg-type]
+    outs = run_paths(engine, case.x.detach().cuda(), case.choices.cuda(), case.v.cuda())
     for out, choice in zip(outs, case.choices.tolist(), strict=True):
         want = naive.path(case.x, choice, case.v)
         assert ((out.cpu() - want).abs().max() / want.abs().max()).item() < 1e-8
