@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from tfnas.files import write_text_atomically
 from tfnas.latency.check import check_table
+from tfnas.latency.compare import compare_tables
 from tfnas.latency.engine import Conditions
 from tfnas.latency.header import device_name
 from tfnas.latency.knots import searchable_ranges
@@ -121,21 +122,13 @@ def held_out_widths(table: LatencyTable, space: Any, count: int, seed: int) -> l
 
 
 def agreement(first: LatencyTable, other: LatencyTable) -> dict[str, float]:
-    """Relative differences of two tables over the knots of both, before and after one common scale."""
-    ratios = []
-    for key, curve in first.curves.items():
-        widths = np.union1d(curve.widths, other.curves[key].widths)
-        widths = widths[curve.covers(widths) & other.curves[key].covers(widths)]
-        ratios += list(other.latencies_ms(key, widths) / first.latencies_ms(key, widths))
-    ratio = np.array(ratios)
-    scale = float(np.median(ratio))
-    apart = np.abs(ratio / scale - 1)
+    """Relative differences of two tables over the knots of both, after one common scale."""
+    found = compare_tables(first, other)
     return {
-        "entries": len(ratios),
-        "scale": scale,
-        "median": float(np.median(apart)),
-        "p95": float(np.percentile(apart, 95)),
-        "raw_median": float(np.median(np.abs(ratio - 1))),
+        "entries": found.entries,
+        "scale": found.scale,
+        "median": found.deviation_median,
+        "p95": found.deviation_p95,
     }
 
 

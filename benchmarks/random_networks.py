@@ -72,17 +72,7 @@ def train_one(arguments: list[str], run: Path, folder: Path, arch: Architecture,
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".json")
     save_architecture(path, arch)
-    own = [
-        "--run",
-        str(run),
-        "--architecture",
-        str(path),
-        "--output",
-        str(folder),
-        "--seed",
-        str(seed),
-        "--resume=true",
-    ]
+    own = ["--run", str(run), "--architecture", str(path), "--output", str(folder), "--seed", str(seed)]
     train(parse_train_arguments([*arguments, *own, "--resume=true"]))
     accuracy = test_accuracy(folder)
     assert accuracy is not None
