@@ -1,4 +1,4 @@
-"""The benchmark loop on a scripted clock: stop rule, rejection, interleaving."""
+"""The benchmark loop on a scripted clock: stop rule, rejection, interleaving, drift."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ from tfnas_ext.timing import (
     measure_interleaved,
     median_interval,
     median_interval_rank,
+    smoothed_drift,
 )
-from tfnas_ext.timing_host import peak_resident_bytes, pinned_threads, set_allocator
+from tfnas_ext.timing_host import (
+    flush_cache,
+    peak_resident_bytes,
+    pinned_threads,
+    set_allocator,
+)
 
 
 class ScriptedClock:
@@ -135,6 +141,14 @@ def test_rejected_readings_count_towards_the_most_that_are_taken() -> None:
     assert (calls, samples.count, samples.rejected) == (20, 10, 10)
 
 
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_cold_reading_evicts_the_caches_first(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr("tfnas_ext.timing.flush_cache", lambda: log.append("flush"))
+    CpuTimer(threads=1, cold=cold, clock=ScriptedClock()).sample(lambda: log.append("call"))
+    assert log == ["flush", "call"] if cold else ["call"]
+
+
 @pytest.mark.parametrize("how", ["stolen", "switched"])
 def test_preempted_readings_are_rejected_and_counted(how: str) -> None:
     clock = ScriptedClock()
@@ -178,6 +192,33 @@ def test_waiting_threads_are_no_interference() -> None:
     assert timer.sample(lambda: clock.work(1.0, switches=1)).disturbed
 
 
+def test_interleaving_divides_the_drift_out() -> None:
+    clock = ScriptedClock()
+    speed = 1.0
+
+    def work(ms: float) -> None:
+        nonlocal speed
+        speed *= 1.002  # the machine slows down all the time
+        clock.work(ms * speed)
+
+    samples = measure_interleaved(
+        {"a": lambda: work(1.0), "b": lambda: work(2.0)},
+        timer=CpuTimer(threads=1, clock=clock),
+        rule=StopRule(0.0001, min_samples=60, max_samples=60, time_limit_s=100.0),
+        reference=lambda: work(0.5),
+        elapsed_s=clock.elapsed_s,
+    )
+    plain = measure_interleaved(
+        {"a": lambda: work(1.0)},
+        timer=CpuTimer(threads=1, clock=clock),
+        rule=StopRule(0.0001, min_samples=60, max_samples=60, time_limit_s=100.0),
+        elapsed_s=clock.elapsed_s,
+    )
+    assert plain["a"].rel_stdev > 0.03
+    assert samples["a"].rel_stdev < 0.01
+    assert samples["b"].median_ms / samples["a"].median_ms == pytest.approx(2.0, rel=0.005)
+
+
 def test_the_order_is_seeded() -> None:
     orders: list[list[str]] = []
     for seed in (1, 1, 2):
@@ -197,6 +238,15 @@ def test_the_order_is_seeded() -> None:
         orders.append(order)
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0][:6]) == list("abcdef")
+
+
+def test_drift_of_slots_is_separate() -> None:
+    reference = np.ones((20, 2))
+    reference[10:, 1] = 1.5
+    drift = smoothed_drift(reference)
+    assert np.all(drift[:, 0] == 1.0)
+    assert drift[-1, 1] / drift[0, 1] == pytest.approx(1.5)
+    assert smoothed_drift([2.0]).tolist() == [1.0]
 
 
 def test_samples_with_few_values() -> None:
@@ -226,10 +276,12 @@ def test_nothing_to_time_is_refused() -> None:
         measure_interleaved({})
 
 
-def test_real_clock() -> None:
+def test_real_clock_and_cold_cache() -> None:
     x = torch.ones(1000)
     samples = measure(lambda: x.add_(1), rule=StopRule(0.2, min_samples=6, time_limit_s=0.2))
     assert 0 < samples.median_ms < 100
+    flush_cache()
+    assert CpuTimer(cold=True).sample(lambda: x.add_(1)).ms > 0
 
 
 def test_threads_are_pinned_and_restored() -> None:

@@ -1,15 +1,15 @@
-"""The one benchmark loop: samples, stop rule, interleaving. Used by the profiler and by `benchmarks/`.
+"""The one benchmark loop: samples, stop rule, interleaving, drift. Used by the profiler and by `benchmarks/`.
 
 A *timer* turns a callable into one reading: `CpuTimer` here, `timing_cuda.CudaTimer` on a GPU, a scripted one in the
-tests. Everything else (when to stop, what to reject) is the same for all of them, and noise that stays after the time
-limit is reported with the samples, never hidden.
+tests. Everything else (when to stop, what to reject, how to divide the drift out) is the same for all of them, and
+noise that stays after the time limit is reported with the samples, never hidden.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from tfnas_ext.timing_host import Clock, SystemClock
+from tfnas_ext.timing_host import Clock, SystemClock, flush_cache
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,16 @@ class CpuTimer:
     """Wall-clock time of a call on the host, with interference noticed.
 
     A reading is marked as disturbed when the thread was preempted (involuntary context switches) or, with one
-    thread, when its CPU time falls short of the wall time by more than 2 % and 5 us.
+    thread, when its CPU time falls short of the wall time by more than `gap_share` and 5 us. `cold` evicts the
+    caches before every reading (not timed).
     """
 
-    def __init__(self, *, threads: int | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self, *, cold: bool = False, threads: int | None = None, gap_share: float = 0.02, clock: Clock | None = None
+    ) -> None:
+        self.cold = cold
         self.threads = torch.get_num_threads() if threads is None else threads
+        self.gap_share = gap_share
         self.clock: Clock = SystemClock() if clock is None else clock
 
     def warm_up(self, call: Callable[[], object], calls: int) -> None:
@@ -148,6 +153,8 @@ class CpuTimer:
             call()
 
     def sample(self, call: Callable[[], object]) -> Reading:
+        if self.cold:
+            flush_cache()
         clock = self.clock
         switches, cpu_start = clock.involuntary_switches(), clock.thread_ns()
         start = clock.wall_ns()
@@ -159,7 +166,7 @@ class CpuTimer:
 
     def is_gap(self, wall_ns: int, cpu_ns: int) -> bool:
         """Whether CPU time falls short of wall time; with several threads waiting is normal and says nothing."""
-        return self.threads == 1 and wall_ns - cpu_ns > max(5_000, 0.02 * wall_ns)
+        return self.threads == 1 and wall_ns - cpu_ns > max(5_000, self.gap_share * wall_ns)
 
 
 class ProcessTimer:
@@ -198,6 +205,7 @@ def measure_interleaved(
     *,
     timer: Timer | None = None,
     rule: StopRule | None = None,
+    reference: Callable[[], object] | None = None,
     warm_up: int = 3,
     seed: int = 0,
     rejection: bool = True,
@@ -205,7 +213,9 @@ def measure_interleaved(
 ) -> dict[str, Samples]:
     """Time several callables in one go, in an order drawn anew every round (seeded), so that drift hits all alike.
 
-    The time limit of `rule` holds per callable. A callable whose rule is met leaves the rounds.
+    With a `reference` callable, it is timed after every reading, and each reading is divided by the drift around it
+    (reference now over its median of the whole run). The time limit of `rule` holds per callable. A callable whose rule
+    is met leaves the rounds.
 
     Errors: ValueError when `calls` is empty. Whatever a callable raises passes through.
     """
@@ -215,10 +225,13 @@ def measure_interleaved(
     rule = StopRule() if rule is None else rule
     for call in calls.values():
         timer.warm_up(call, warm_up)
+    if reference is not None:
+        timer.warm_up(reference, warm_up)
     rng = np.random.default_rng(seed)
     kept: dict[str, list[int]] = {name: [] for name in calls}
     dropped: dict[str, list[int]] = {name: [] for name in calls}
     values: list[float] = []
+    references: list[float] = []
     converged: set[str] = set()
     open_names = list(calls)
     start = elapsed_s()
@@ -229,10 +242,13 @@ def measure_interleaved(
             reading = timer.sample(calls[name])
             (dropped if rejection and reading.disturbed else kept)[name].append(len(values))
             values.append(reading.ms)
-        taken = np.asarray(values)
+            if reference is not None:
+                references.append(timer.sample(reference).ms)
+        drift = smoothed_drift(np.asarray(references)) if references else np.ones(len(values))
+        corrected = np.asarray(values) / drift
         out_of_time = elapsed_s() - start >= limit_s
         for name in list(open_names):
-            if rule.met(taken[kept[name]]):
+            if rule.met(corrected[kept[name]]):
                 converged.add(name)
                 open_names.remove(name)
             elif out_of_time or len(kept[name]) + len(dropped[name]) >= rule.max_samples:
@@ -242,5 +258,17 @@ def measure_interleaved(
         use, rejected = kept[name], len(dropped[name])
         if name not in converged and len(use) < rejected:
             use, rejected = sorted(use + dropped[name]), 0
-        result[name] = Samples(taken[use], rejected, name in converged)
+        result[name] = Samples(corrected[use], rejected, name in converged)
     return result
+
+
+def smoothed_drift(reference_ms: np.ndarray | Sequence[float], window: int = 5) -> np.ndarray:
+    """How much slower the machine was than usual at each reference reading: running median over the whole median.
+
+    `reference_ms` is [n] or [n, slots] in ms, in the order taken; the result has its shape, 1 meaning "as usual".
+    """
+    reference = np.asarray(reference_ms, dtype=np.float64)
+    half = window // 2
+    padded = np.concatenate([reference[:1].repeat(half, axis=0), reference, reference[-1:].repeat(half, axis=0)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1, axis=0)
+    return np.median(windows, axis=-1) / np.median(reference, axis=0)

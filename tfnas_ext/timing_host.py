@@ -1,4 +1,4 @@
-"""The host as a measuring instrument: clocks, allocator, threads. What it sets it also reports."""
+"""The host as a measuring instrument: clocks, allocator, threads, caches. What it sets it also reports."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 
 # glibc's <malloc.h>: numbers of the parameters of mallopt(3).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
+_FLUSH_BYTES = 64 << 20
 _HELD_BLOCKS, _HELD_BYTES = 16, (256 << 10, 8 << 20)
 
 
@@ -94,6 +95,16 @@ def pinned_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _flush_buffer() -> torch.Tensor:
+    return torch.zeros(_FLUSH_BYTES, dtype=torch.uint8)
+
+
+def flush_cache() -> None:
+    """Push everything out of the CPU caches by writing 64 MiB."""
+    _flush_buffer().add_(1)
 
 
 @lru_cache(maxsize=1)

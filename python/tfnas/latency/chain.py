@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 
 from tfnas.latency.lut import FloatArray, IntArray
-from tfnas_ext.timing import CpuTimer
+from tfnas_ext.timing import CpuTimer, smoothed_drift
+from tfnas_ext.timing_host import flush_cache
 
 BoolArray = npt.NDArray[np.bool_]
 Section = Callable[[torch.Tensor], torch.Tensor]
@@ -74,6 +75,8 @@ class HostChainTimer:
     def _run(self, sections: Sections, x: torch.Tensor) -> Pass:
         clock = self.timer.clock
         wall_ns, cpu_ns = clock.wall_ns, clock.thread_ns
+        if self.timer.cold:
+            flush_cache()
         switches = clock.involuntary_switches()
         stamps: list[tuple[int, int, int, int]] = []
         with torch.inference_mode():
@@ -130,16 +133,11 @@ class ReferenceLog:
         return {i: float(np.median([ms for ms, which, _ in self.passes if which == i])) for i in seen}
 
     def drift(self) -> FloatArray:
-        """Slowness of the machine in every pass, float64 [passes]; 1 is the median of the log.
-
-        A running median over three passes.
-        """
+        """Slowness of the machine in every pass, float64 [passes]; 1 is the median of the log."""
         if not self.passes:
             return np.ones(0)
         medians = self.medians_ms()
-        slowness = np.array([ms / medians[which] for ms, which, _ in self.passes])
-        around = np.lib.stride_tricks.sliding_window_view(np.pad(slowness, 1, mode="edge"), 3)
-        return np.median(around, axis=1) / np.median(slowness)
+        return smoothed_drift([ms / medians[which] for ms, which, _ in self.passes], window=3)
 
 
 def speed_ratio(now_ms: Mapping[int, float], then_ms: Mapping[int, float]) -> float | None:
