@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -88,22 +89,29 @@ def native_extension():
         """Compiles the files under `cpu_per_isa` once per instruction set, then the extension with those objects."""
 
         def build_extension(self, ext):
-            for isa in isas:
-                files = [file for file, wanted in SOURCES["cpu_per_isa"].items() if isa in wanted]
-                if not files:
-                    continue
-                # at::vec widens by CPU_CAPABILITY_*; it knows no bf16 variant.
-                vec = {"generic": "DEFAULT", "avx512_bf16": "AVX512"}.get(isa, isa.upper())
-                macros = [(f"CPU_CAPABILITY_{vec}", None), ("CPU_CAPABILITY", vec), ("TFNAS_ISA", isa)]
-                ext.extra_objects += self.compiler.compile(
-                    files,
-                    output_dir=str(Path(self.build_temp, isa)),
-                    macros=macros,
-                    include_dirs=ext.include_dirs,
-                    extra_postargs={"cxx": [*CXX_FLAGS, *SOURCES["isa_flags"][isa]], "nvcc": []},
-                    depends=ext.depends,
-                )
+            # ninja is given one instruction set at a time, which is no work for many cores
+            given = os.environ.get("MAX_JOBS", "")
+            jobs = int(given) if given.isdigit() else os.cpu_count() or 1
+            at_once = jobs // len(SOURCES["cpu_per_isa"]) if self.use_ninja else 1
+            with ThreadPoolExecutor(max(1, at_once)) as pool:
+                for objects in pool.map(lambda isa: self.compile_for(isa, ext), isas):
+                    ext.extra_objects += objects
             super().build_extension(ext)
+
+        def compile_for(self, isa, ext):
+            files = [file for file, wanted in SOURCES["cpu_per_isa"].items() if isa in wanted]
+            if not files:
+                return []
+            # at::vec widens by CPU_CAPABILITY_*; it knows no bf16 variant.
+            vec = {"generic": "DEFAULT", "avx512_bf16": "AVX512"}.get(isa, isa.upper())
+            return self.compiler.compile(
+                files,
+                output_dir=str(Path(self.build_temp, isa)),
+                macros=[(f"CPU_CAPABILITY_{vec}", None), ("CPU_CAPABILITY", vec), ("TFNAS_ISA", isa)],
+                include_dirs=ext.include_dirs,
+                extra_postargs={"cxx": [*CXX_FLAGS, *SOURCES["isa_flags"][isa]], "nvcc": []},
+                depends=ext.depends,
+            )
 
         def run(self):
             super().run()
