@@ -14,7 +14,7 @@ from tfnas.cli.codes import OK
 from tfnas.data import build_data
 from tfnas.evaluate import evaluate_network
 from tfnas.latency.lut_io import load_table
-from tfnas.pipeline import choose_device, data_options
+from tfnas.pipeline import choose_device, data_options, on_device
 from tfnas.target import measured_latency_ms
 from tfnas.threads import use_threads
 from tfnas.train_config import TrainConfig
@@ -57,7 +57,10 @@ def evaluate(
     table = load_table(table_file) if table_file is not None else None
     by_table = table.architecture_ms(found.architecture) if table is not None else None
     facts: dict[str, Any] = {"run": str(run), "weights": str(found.weights), "data": config.data}
-    facts |= _accuracy(config, found.architecture, found.weights, device, threads)
+    use_threads(threads)
+    chosen = choose_device(device)
+    with on_device(chosen):
+        facts |= _accuracy(config, found.architecture, found.weights, chosen)
     if table is not None:
         facts["lut_latency_ms"] = by_table
         measured, reason = (None, "not asked for") if skip_latency else measured_latency_ms(found.architecture, table)
@@ -78,11 +81,7 @@ def _with_data(config: TrainConfig, data: str) -> TrainConfig:
     )
 
 
-def _accuracy(
-    config: TrainConfig, arch: Architecture, weights: Path, device_name: str, threads: int | None
-) -> dict[str, Any]:
-    use_threads(threads)
-    device = choose_device(device_name)
+def _accuracy(config: TrainConfig, arch: Architecture, weights: Path, device: torch.device) -> dict[str, Any]:
     trained_on = read_facts(weights)
     config = dataclasses.replace(config, dataset=with_facts(config.dataset, trained_on))
     space = dataclasses.replace(arch.space, resolution=config.resolution or arch.space.resolution)
