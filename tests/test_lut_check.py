@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,28 @@ def test_build_and_check_commands(scripted: Machine, tmp_path: Path, capsys: pyt
     assert result["holds"]
     assert lut_build.check(output, space="small", architectures=10) == OK
     assert "the table holds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_of_a_build(
+    is_terminal: bool,
+    scripted: Machine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line on a terminal, ended once; a few lines, none of them rewritten, in a log."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert lut_build.build(tmp_path / "lut.json", space="small", batch=1, threads=1, budget_s=60.0) == OK
+    told = capsys.readouterr().err
+    assert re.search(r"done: \d+ widths, \d+ s left at most ?\n", told)
+    if is_terminal:
+        assert told.count("\n") == 1
+        assert told.count("\r") > 20
+    else:
+        assert "\r" not in told
+        assert list(dict.fromkeys(line.split(":")[0] for line in told.splitlines())) == ["networks", "widths", "done"]
+        assert told.count("\n") <= 15
 
 
 def test_options_of_a_build_come_before_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as json_format
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +73,7 @@ def build(
         warnings.simplefilter("always", NoisyMachineWarning)
         try:
             with StopRequest() as stop:
-                table = build_table(chosen_space, options, partial=partial, progress=_progress(stop, quiet=json))
+                table = build_table(chosen_space, options, partial=partial, progress=_BuildProgress(stop, quiet=json))
         except RunInterrupted as stopped:
             kept = f"{partial} keeps what was measured, the same command goes on" if partial else "nothing was kept"
             print(f"tfnas lut build: {stopped}; {kept}", file=sys.stderr)
@@ -156,20 +155,28 @@ def _device(settings: SearchConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _progress(stop: StopRequest, *, quiet: bool) -> Callable[[Progress], None]:
-    """Says how far a build is and, between two measurements, heeds signals."""
+class _BuildProgress:
+    """Says how far a build is and, between two measurements, heeds signals.
 
-    def report(progress: Progress) -> None:
+    A terminal has one line that is written anew, anything else a line for every phase and tenth of the budget.
+    """
+
+    def __init__(self, stop: StopRequest, *, quiet: bool) -> None:
+        self._stop, self._quiet = stop, quiet
+        self._said: tuple[str, int] | None = None
+
+    def __call__(self, progress: Progress) -> None:
         is_last = progress.phase == "done"
-        ends_line = is_last or stop.signal_number is not None
-        if not quiet:
-            print(
-                f"\r{progress.phase}: {progress.widths} widths, {progress.seconds_left:.0f} s left at most ",
-                end="\n" if ends_line else "",
-                file=sys.stderr,
-                flush=True,
-            )
-        if stop.signal_number is not None and not is_last:
-            raise RunInterrupted(stop.signal_number, "interrupted")
+        if not self._quiet:
+            self._say(progress, ends=is_last or self._stop.signal_number is not None)
+        if self._stop.signal_number is not None and not is_last:
+            raise RunInterrupted(self._stop.signal_number, "interrupted")
 
-    return report
+    def _say(self, progress: Progress, *, ends: bool) -> None:
+        text = f"{progress.phase}: {progress.widths} widths, {progress.seconds_left:.0f} s left at most"
+        where = progress.phase, int(10 * progress.share)
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text} ", end="\n" if ends else "", file=sys.stderr, flush=True)
+        elif ends or where != self._said:
+            print(text, file=sys.stderr, flush=True)
+        self._said = where
