@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from scripted_device import DeviceEngine, StrictDevice
 from tfnas.cli import lut_build, main
 from tfnas.cli.codes import FAILED, NOISY, OK
 from tfnas.config_io import load_config
+from tfnas.interrupt import StopRequest
 from tfnas.latency.additivity import CHECKING, FITTING, random_architectures
 from tfnas.latency.chain_cuda import CudaChainTimer
 from tfnas.latency.check import CheckResult, check_table
@@ -22,7 +25,7 @@ from tfnas.latency.engine import Conditions, EngineUnavailable
 from tfnas.latency.header import engine_version
 from tfnas.latency.lut import LatencyTable
 from tfnas.latency.lut_io import load_table, save_table
-from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, build_table
+from tfnas.latency.profile import NoisyMachineWarning, ProfileOptions, Progress, build_table
 from tfnas.space import OpKey
 from tfnas.space_io import load_space
 
@@ -180,6 +183,24 @@ def test_progress_of_a_build(
         assert told.count("\n") <= 15
 
 
+def test_a_log_tells_of_a_build_beyond_its_budget(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compiling every width takes hours beyond a short budget, whose share stands still: a line a minute."""
+    now_s = 600.0
+    monkeypatch.setattr(lut_build.time, "monotonic", lambda: now_s)
+    say = lut_build._BuildProgress(StopRequest(), quiet=False)
+    for share in (0.95, 0.99, 1.0, 1.0):
+        say(Progress("widths", 1, share, 0.0))
+    assert capsys.readouterr().err.count("\n") == 2
+    for widths in range(2, 62):
+        now_s += 10.0
+        say(Progress("widths", widths, 1.0, 0.0))
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 10
+    assert [told[0], told[-1]] == [f"widths: {n} widths, 0 s left at most" for n in (7, 61)]
+
+
 def test_options_of_a_build_come_before_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Asked(Exception):
         pass
@@ -215,6 +236,21 @@ def test_strict_commands_end_with_3(scripted: Machine, tmp_path: Path, capsys: p
     scripted.noise, scripted.speed = 0.001, 2.0
     assert lut_build.check(output, space="small", architectures=5, strict=True) == NOISY
     assert "does not hold" in capsys.readouterr().out
+
+
+def test_an_error_is_not_put_behind_the_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(
+        space: object, options: ProfileOptions, progress: Callable[[Progress], None], **kwargs: object
+    ) -> LatencyTable:
+        progress(Progress("networks", 0, 0.1, 50.0))
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(lut_build, "build_table", full)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["lut", "build", str(tmp_path / "lut.json")]) == FAILED
+    assert capsys.readouterr().err.endswith("at most \ntfnas lut: error: [Errno 28] no room\n")
 
 
 def test_a_gpu_that_cannot_be_timed_ends_a_build_in_one_line(

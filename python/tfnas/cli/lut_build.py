@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +73,8 @@ def build(
     with own_partial(output) as partial, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NoisyMachineWarning)
         try:
-            with StopRequest() as stop:
-                table = build_table(chosen_space, options, partial=partial, progress=_BuildProgress(stop, quiet=json))
+            with StopRequest() as stop, _BuildProgress(stop, quiet=json) as progress:
+                table = build_table(chosen_space, options, partial=partial, progress=progress)
         except RunInterrupted as stopped:
             kept = f"{partial} keeps what was measured, the same command goes on" if partial else "nothing was kept"
             print(f"tfnas lut build: {stopped}; {kept}", file=sys.stderr)
@@ -158,12 +159,21 @@ def _device(settings: SearchConfig) -> str:
 class _BuildProgress:
     """Says how far a build is and, between two measurements, heeds signals.
 
-    A terminal has one line that is written anew, anything else a line for every phase and tenth of the budget.
+    A terminal has one line that is written anew, anything else a line for every phase and tenth of the budget, and for
+    every minute beyond it, which a table may need for its fewest samples.
     """
 
     def __init__(self, stop: StopRequest, *, quiet: bool) -> None:
         self._stop, self._quiet = stop, quiet
-        self._said: tuple[str, int] | None = None
+        self._said: tuple[str, bool, int] | None = None
+        self._in_line = False
+
+    def __enter__(self) -> _BuildProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._in_line:  # what comes next, perhaps an error, has a line of its own
+            print(file=sys.stderr, flush=True)
 
     def __call__(self, progress: Progress) -> None:
         is_last = progress.phase == "done"
@@ -174,9 +184,11 @@ class _BuildProgress:
 
     def _say(self, progress: Progress, *, ends: bool) -> None:
         text = f"{progress.phase}: {progress.widths} widths, {progress.seconds_left:.0f} s left at most"
-        where = progress.phase, int(10 * progress.share)
+        within = progress.share < 1.0
+        where = progress.phase, within, int(10 * progress.share if within else time.monotonic() / 60)
         if sys.stderr.isatty():
-            print(f"\r\x1b[K{text} ", end="\n" if ends else "", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{text} ", end="", file=sys.stderr, flush=True)
+            self._in_line = True
         elif ends or where != self._said:
             print(text, file=sys.stderr, flush=True)
         self._said = where
