@@ -52,6 +52,7 @@ def test_state_dict(trained: Path, tmp_path: Path) -> None:
 
 def test_onnx_gives_the_same_logits_at_any_batch(trained: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     file = tmp_path / "n.onnx"
     assert _run("--format", "onnx", "--run", trained / "training", "--output", file) == 0
@@ -111,12 +112,14 @@ def test_fresh_weights_follow_the_seed(trained: Path, tmp_path: Path) -> None:
     assert not torch.equal(a["head.classifier.weight"], c["head.classifier.weight"])
 
 
-@pytest.mark.parametrize("export", [export_onnx, export_timm])
+@pytest.mark.parametrize(
+    ("export", "needed"), [(export_onnx, ("onnx", "onnxscript", "onnxruntime")), (export_timm, ("timm",))]
+)
 def test_a_mismatch_is_refused_and_nothing_written(
-    tmp_path: Path, export: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, export: Any, needed: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("timm")
+    for module in needed:
+        pytest.importorskip(module)
     monkeypatch.setattr(tfnas.export, "ONNX_TOLERANCE", -1.0)
     monkeypatch.setattr(tfnas.export, "TIMM_TOLERANCE", -1.0)
     with pytest.raises(ExportMismatch, match="other logits"):

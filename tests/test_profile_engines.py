@@ -77,6 +77,7 @@ def test_onnx_graphs_compute_the_modules(act: str) -> None:
 
 
 def test_onnxruntime_runs_whole_networks() -> None:
+    pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     engine = make_engine(SMALL, Conditions(engine="onnxruntime", batch=2))
     (arch,) = random_architectures(SMALL, 1, seed=3)
@@ -103,6 +104,7 @@ def test_missing_onnxruntime_says_what_to_install(monkeypatch: pytest.MonkeyPatc
 
 
 def test_onnxruntime_sections_follow_the_input_and_own_their_output() -> None:
+    pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     block = make_engine(SMALL, Conditions(engine="onnxruntime")).block(SMALL.layers[1].key(4), 96)
     torch.manual_seed(0)
@@ -116,6 +118,7 @@ def test_onnxruntime_sections_follow_the_input_and_own_their_output() -> None:
 
 
 def test_onnxruntime_without_a_provider_for_the_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(EngineUnavailable, match=r"no CUDAExecutionProvider.*install onnxruntime-gpu"):
@@ -124,6 +127,7 @@ def test_onnxruntime_without_a_provider_for_the_gpu_says_so(monkeypatch: pytest.
 
 def test_onnxruntime_on_a_gpu_works_on_the_timed_stream_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its calls are queued behind a closed gate, on the stream whose time stamps count."""
+    pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     engine = OnnxruntimeEngine(SMALL, Conditions(engine="onnxruntime", device="cuda"))

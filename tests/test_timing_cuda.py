@@ -248,6 +248,7 @@ def test_on_a_gpu_a_table_predicts_networks(engine: str) -> None:
     space = load_space("small", {"candidates": ["k3_e3", "k5_e6"]})
     conditions = Conditions(device="cuda", engine=engine, batch=16)
     if engine == "onnxruntime":
+        pytest.importorskip("onnx")
         onnxruntime = pytest.importorskip("onnxruntime")
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             pytest.skip("this onnxruntime knows no CUDA")
