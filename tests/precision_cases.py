@@ -15,7 +15,7 @@ from tfnas_ext.packed import ROLES, PackedLayer
 # Name -> activations, torch's setting for float32 products, what is added to twice the error of plain PyTorch.
 PRECISIONS = {
     "fp64": (torch.float64, "highest", 1e-9),
-    "fp32": (torch.float32, "highest", 5e-5),
+    "fp32": (torch.float32, "highest", 1e-5),
     "tf32": (torch.float32, "high", 4e-3),
     "bf16": (torch.bfloat16, "high", 4e-2),
 }

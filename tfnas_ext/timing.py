@@ -43,7 +43,7 @@ def median_interval_rank(count: int) -> int | None:
     Exact and free of any distribution: the number of samples below the median is Binomial(count, 1/2). None when
     there are fewer than 6, too few for an interval of 95 % confidence.
     """
-    tail, allowed = 0.0, (1.0 - 0.95) / 2.0
+    tail, allowed = 0.0, 0.025
     rank: int | None = None
     for k in range(count // 2 + 1):
         tail += math.exp(math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2))
